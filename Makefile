@@ -1,0 +1,46 @@
+# The three targets a user needs: quickstart, test, check. `make help` lists all.
+
+PYTHON ?= python3
+# torch's build, as pip understands it: make quickstart TORCH="torch==2.13.0 --index-url ..."
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help install quickstart test check format clean
+
+help:
+	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report"
+	@echo "make test                    the tests (CPU, no network, at most 15 minutes on 2 cores)"
+	@echo "make check                   format, lint, types, floors, links"
+	@echo "make format                  mend the format"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed
+
+quickstart:
+	@began=$$(date +%s); $(MAKE) --no-print-directory install TORCH='$(TORCH)'; \
+	echo "[1/10] packages installed in $(VENV)/ ($$(( $$(date +%s) - began )) s)"
+	@$(BIN)/python -m launch.quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest tests/test_documents.py
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs data

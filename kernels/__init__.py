@@ -1,0 +1,1 @@
+"""Compute it: pure functions on tensors. No modules, no configuration, no process groups."""

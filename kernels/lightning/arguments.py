@@ -1,0 +1,54 @@
+"""What every form of Lightning attention checks and decides about its arguments."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def check_arguments(
+    q_BNHd: Tensor,
+    k_BNHd: Tensor,
+    v_BNHe: Tensor,
+    slopes_H: Tensor,
+    initial_BHde: Tensor | None,
+    documents: Tensor | None,
+) -> None:
+    """Raise `ValueError` for arguments that do not fit together; looks at shapes and dtypes only, never at values."""
+    if q_BNHd.dim() != 4 or 0 in q_BNHd.shape:
+        raise ValueError(f"q must be [B, N, H, d] with no empty dimension, received {list(q_BNHd.shape)}")
+    batch, length, heads, key_width = q_BNHd.shape
+    if k_BNHd.shape != q_BNHd.shape:
+        raise ValueError(f"k must have the shape of q, {list(q_BNHd.shape)}, received {list(k_BNHd.shape)}")
+    if v_BNHe.dim() != 4 or v_BNHe.shape[:3] != q_BNHd.shape[:3] or v_BNHe.shape[3] == 0:
+        raise ValueError(f"v must be [{batch}, {length}, {heads}, e], received {list(v_BNHe.shape)}")
+    if not (q_BNHd.dtype == k_BNHd.dtype == v_BNHe.dtype and q_BNHd.is_floating_point()):
+        raise ValueError(
+            f"q, k and v must share one floating-point dtype, received {q_BNHd.dtype}, {k_BNHd.dtype}, {v_BNHe.dtype}"
+        )
+    if slopes_H.shape != (heads,):
+        raise ValueError(f"slopes must hold one number for each of {heads} heads, received {list(slopes_H.shape)}")
+    if slopes_H.dtype not in (torch.float32, torch.float64):
+        # bfloat16 rounds exp(-s) to 1 for s < 0.002: the slow heads would stop forgetting.
+        raise ValueError(f"slopes must be float32 or float64, received {slopes_H.dtype}")
+    state_shape = (batch, heads, key_width, v_BNHe.shape[3])
+    if initial_BHde is not None and initial_BHde.shape != state_shape:
+        raise ValueError(f"initial_state must be {list(state_shape)}, received {list(initial_BHde.shape)}")
+    if initial_BHde is not None and initial_BHde.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"initial_state must be float32 (float64 with float64 inputs), received {initial_BHde.dtype}")
+    if documents is not None and documents.shape != (batch, length):
+        raise ValueError(f"documents must be [{batch}, {length}], received {list(documents.shape)}")
+    if documents is not None and (documents.is_floating_point() or documents.is_complex()):
+        raise ValueError(f"documents must be integers, received {documents.dtype}")
+
+
+def computing_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of states, decays and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast does not turn float32 products into bfloat16 ones."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,1 @@
+"""Start it: the `headway` command, and what starts trainers on machines."""

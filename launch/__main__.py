@@ -1,0 +1,7 @@
+"""`python -m launch X` is `headway X`."""
+
+import sys
+
+from launch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,142 @@
+"""What a model is made of: the `[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` sections."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.feedforward import FEEDFORWARDS
+from model.layer import FeedForward, Layer, Mixer, Site
+from model.mixers import MIXERS
+from model.registry import find
+
+
+@dataclass
+class ModelConfig:
+    """`[model]`"""
+
+    d_model: int = 0
+    """Width of the residual stream."""
+    num_layers: int = 0
+    """Blocks, each a mixer and a feed-forward."""
+    vocab_size: int = 0
+    """Tokens; the tokenizer may have fewer, not more."""
+    pattern: list[str] = field(default_factory=lambda: ["softmax"])
+    """Mixer names layer by layer, "name*7" for seven; repeated until num_layers is reached."""
+    feedforward_pattern: list[str] | None = None
+    """Feed-forward names likewise. Default: the only one defined."""
+    positions: Literal["rope", "learned", "none"] = "rope"
+    """Rotary in the mixers that know it, learned vectors added to the embedding, or none."""
+    max_positions: int = 0
+    """How many learned positions there are."""
+    norm: Literal["rmsnorm", "srmsnorm", "layernorm"] = "rmsnorm"
+    """The norm before each mixer and feed-forward and before the head."""
+    norm_eps: float = 1e-6
+    """Added to the mean square inside the root."""
+    residual: Literal["sequential", "parallel"] = "sequential"
+    """x + mixer, then + feed-forward; or both on the same normalised input."""
+    bias: bool = False
+    """Biases in linear maps (but those of Lightning, which has none)."""
+    tie_embeddings: bool = False
+    """One matrix for the embedding and the head."""
+    embedding_scale: float | Literal["sqrt"] = 1.0
+    """The embedding is multiplied by this; "sqrt" is the square root of d_model."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    init_depth_scaled: bool = False
+    """Output projections start smaller by sqrt(2 num_layers)."""
+    init_from: str | None = None
+    """A run, step or Hugging Face folder whose weights are the initial ones."""
+
+
+@dataclass
+class Architecture:
+    """A model's sections, resolved: which class and which settings each layer has.
+
+    Attributes:
+        mixers: name -> (class, its settings); feedforwards likewise.
+        mixer_names: name for each layer; feedforward_names likewise.
+    """
+
+    model: ModelConfig
+    mixers: dict[str, tuple[type[Mixer], Any]]
+    feedforwards: dict[str, tuple[type[FeedForward], Any]]
+    mixer_names: list[str] = field(default_factory=list)
+    feedforward_names: list[str] = field(default_factory=list)
+
+    def site(self, layer: int) -> Site:
+        """Where the layer with this global index stands."""
+        m = self.model
+        output_std = m.init_std / math.sqrt(2 * m.num_layers) if m.init_depth_scaled else m.init_std
+        return Site(
+            layer=layer,
+            num_layers=m.num_layers,
+            d_model=m.d_model,
+            positions=m.positions,
+            norm_eps=m.norm_eps,
+            bias=m.bias,
+            init_std=m.init_std,
+            output_init_std=output_std,
+        )
+
+    def resolve(self) -> list[str]:
+        """Expand the patterns. Returns the faults found, in sentences; with none, the model can be built."""
+        m = self.model
+        faults = [
+            f"model.{key} = {getattr(m, key)} must be at least 1."
+            for key in ("d_model", "num_layers", "vocab_size")
+            if getattr(m, key) < 1
+        ]
+        if m.positions == "learned" and m.max_positions < 1:
+            faults.append('model.positions = "learned" needs model.max_positions, at least data.seq_len.')
+        if not self.feedforwards:
+            faults.append("no [feedforwards.NAME] section: define one, for example [feedforwards.swiglu] with d_ff.")
+        default = [next(iter(self.feedforwards), "")]
+        if m.feedforward_pattern is None and len(self.feedforwards) > 1:
+            names = ", ".join(self.feedforwards)
+            faults.append(f"model.feedforward_pattern is missing: several feed-forwards are defined ({names}).")
+        self.mixer_names, problems = expand_pattern("model.pattern", m.pattern, m.num_layers, self.mixers)
+        faults += problems
+        if self.feedforwards:
+            self.feedforward_names, problems = expand_pattern(
+                "model.feedforward_pattern", m.feedforward_pattern or default, m.num_layers, self.feedforwards
+            )
+            faults += problems
+        sections = (("mixers", self.mixers), ("feedforwards", self.feedforwards))
+        for section, parts in sections:
+            for name, (_, settings) in parts.items():
+                check = getattr(settings, "faults", None)
+                if check is not None and m.d_model >= 1:
+                    faults += [f"{section}.{name}.{fault}" for fault in check(m.d_model)]
+        return faults
+
+
+def expand_pattern(key: str, pattern: list[str], length: int, known: Any) -> tuple[list[str], list[str]]:
+    """Names for each of `length` layers, and the faults found: unknown names, a pattern that does not fit."""
+    names: list[str] = []
+    faults: list[str] = []
+    for entry in pattern:
+        match = re.fullmatch(r"\s*([^*\s]+)\s*(?:\*\s*(\d+))?\s*", entry)
+        if match is None:
+            faults.append(f'{key}: cannot read {entry!r}; write "name" or "name*7".')
+            continue
+        if match[1] not in known:
+            defined = ", ".join(known) or "none"
+            section = "mixers" if "feedforward" not in key else "feedforwards"
+            faults.append(f"{key} names {match[1]!r}, but there is no [{section}.{match[1]}] (defined: {defined}).")
+        names += [match[1]] * int(match[2] or 1)
+    if not faults and (not names or length % len(names)):
+        near = max(1, round(length / max(1, len(names)))) * len(names)
+        faults.append(
+            f"{key} covers {len(names)} layers, which does not divide model.num_layers = {length}: "
+            f"take num_layers = {near}, or list all layers."
+        )
+    return (names * (length // len(names)) if names else []), faults
+
+
+def find_layer(section: str, name: str, kind: str, *, allow_code: bool) -> type[Layer]:
+    """The class of `[section.name]` (section `mixers` or `feedforwards`). Raises ValueError for an unknown kind."""
+    registry, what = (MIXERS, "mixer") if section == "mixers" else (FEEDFORWARDS, "feed-forward")
+    return find(kind, registry, what, allow_code=allow_code)

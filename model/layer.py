@@ -1,0 +1,140 @@
+"""What every layer of the stack has in common: where it stands, how it is initialised, sharded and named outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from model.context import Context
+from model.initialisation import Constant, Init, Normal
+
+Sharding = Literal["column", "row", "heads", "replicate", "experts"]
+"""How a parameter is cut by tensor parallelism: its rows, its columns, its leading (global) head index, not at all,
+or one expert a slice."""
+
+Crossing = Literal["state", "kv", "heads", "none"]
+"""What crosses a cut of the sequence: a recurrent state, keys and values, an exchange of heads, or nothing."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the model a layer stands and what it shares with the others. Indices are global."""
+
+    layer: int
+    num_layers: int
+    d_model: int
+    positions: str = "rope"
+    norm_eps: float = 1e-6
+    bias: bool = False
+    init_std: float = 0.02
+    output_init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Part `part` of the `parts` equal row groups of one matrix in a Hugging Face checkpoint."""
+
+    name: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix that a Hugging Face checkpoint holds as [inputs, outputs] (GPT-2)."""
+
+    name: str
+
+
+HFName = str | Packed | Transposed
+
+
+class Layer(nn.Module):
+    """A mixer or a feed-forward.
+
+    Attributes:
+        sharding: parameter (or buffer) name -> how tensor parallelism cuts it.
+        hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
+        no_decay: names of matrices that weight decay must leave alone.
+    """
+
+    Config: ClassVar[type]
+    sharding: ClassVar[Mapping[str, Sharding]] = {}
+    hf: ClassVar[Mapping[str, HFName]] = {}
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+    output_projection: ClassVar[str]
+
+    def __init__(self, config: Any, site: Site):
+        super().__init__()
+        self.config, self.site = config, site
+
+    def init_weights(self) -> dict[str, Init]:
+        """Initial values of the linear maps directly below: normal weights, zero biases."""
+        inits: dict[str, Init] = {}
+        for name, child in self.named_children():
+            if isinstance(child, nn.Linear):
+                std = self.site.output_init_std if name == self.output_projection else self.site.init_std
+                inits[f"{name}.weight"] = Normal(std)
+                if child.bias is not None:
+                    inits[f"{name}.bias"] = Constant(0.0)
+        return inits
+
+    def flops(self, n: int) -> float:
+        """Forward matrix-product operations for each token of a sequence of n, 2 per multiply-add."""
+        raise NotImplementedError
+
+    def linear_flops(self) -> int:
+        """Operations per token of the linear maps directly below."""
+        return sum(2 * child.weight.numel() for child in self.children() if isinstance(child, nn.Linear))
+
+
+class Mixer(Layer):
+    """Maps the residual stream `[B, N, D]` to `[B, N, D]`, mixing along N.
+
+    Attributes:
+        context: what crosses a cut of the sequence.
+        bidirectional: whether `ctx.causal` may be false.
+        examples: settings under which the conformance suite tries the mixer, for a model of width 32.
+    """
+
+    context: ClassVar[Crossing]
+    bidirectional: ClassVar[bool] = True
+    examples: ClassVar[list[dict[str, Any]]] = [{"num_heads": 4}]
+    output_projection = "o"
+
+    def prepare(self, ctx: Context) -> None:
+        """Share with the other layers, before the first block, what need not be computed in each of them."""
+
+    def forward(
+        self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
+    ) -> Tensor:
+        """`[B, N, D]` -> `[B, N, D]`.
+
+        `cache` is what this layer remembers of the tokens before (empty at first; updated in place). `head_gate`,
+        `[H]` or `[B, N, H]`, scales each head's contribution to the output projection.
+        """
+        raise NotImplementedError
+
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
+        """The same map written as its equation, with plain matrix products, in any dtype and at any cost.
+
+        The conformance suite compares `forward` with it and counts its operations.
+        """
+        raise NotImplementedError
+
+
+class FeedForward(Layer):
+    """Maps each token of `[B, N, D]` by itself."""
+
+    output_projection = "down"
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def gate_heads(out_BNHe: Tensor, head_gate: Tensor | None) -> Tensor:
+    """Scale each head's output by its gate, `[H]` or `[B, N, H]`; no gate is a gate of 1."""
+    return out_BNHe if head_gate is None else out_BNHe * head_gate.to(out_BNHe.dtype).unsqueeze(-1)

@@ -1,0 +1,192 @@
+"""Softmax attention: multi-head or grouped-query, rotary or not, optional QK-norm and sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import GrowingTensor
+from model.context import Context
+from model.layer import Mixer, Site, gate_heads
+from model.norms import make_norm
+from model.positions import rotary_table, rotate
+
+
+@dataclass
+class SoftmaxConfig:
+    """`[mixers.softmax]`"""
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads. Default: num_heads."""
+    head_dim: int | None = None
+    """Width of a head. Default: model.d_model / num_heads."""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys, before the rotation."""
+    window: int | None = None
+    """A token sees itself and the window - 1 tokens before it. Default: all of them."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies, where model.positions = "rope"."""
+    qkv_bias: bool | None = None
+    """Biases on the q, k and v projections. Default: model.bias."""
+
+    def faults(self, d_model: int) -> list[str]:
+        """Why these settings cannot be built, in sentences."""
+        faults = []
+        if self.num_heads < 1:
+            return [f"num_heads = {self.num_heads} must be at least 1."]
+        if self.head_dim is None and d_model % self.num_heads:
+            faults.append(
+                f"num_heads = {self.num_heads} does not divide model.d_model = {d_model}: set head_dim, or take "
+                f"num_heads = {nearest_divisor(d_model, self.num_heads)}."
+            )
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            faults.append(
+                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}: the nearest that "
+                f"does is {nearest_divisor(self.num_heads, self.num_kv_heads)}."
+            )
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            faults.append(f"head_dim = {self.head_dim} must be even: rotary positions turn pairs of channels.")
+        if self.window is not None and self.window < 1:
+            faults.append(f"window = {self.window} must be at least 1, the token itself.")
+        return faults
+
+    def tensor_parallel_units(self) -> dict[str, int]:
+        """What tp must divide."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads or self.num_heads}
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(d - wanted))
+
+
+class Softmax(Mixer):
+    """softmax(q k^T / sqrt(d)) v over heads (arXiv 1706.03762), with torch's fused attention."""
+
+    Config = SoftmaxConfig
+    context = "kv"
+    examples = [
+        {"num_heads": 4},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "window": 5},
+        {"num_heads": 2, "head_dim": 6, "num_kv_heads": 1, "qkv_bias": True},
+    ]
+    sharding = {
+        "q.weight": "column",
+        "k.weight": "column",
+        "v.weight": "column",
+        "q.bias": "column",
+        "k.bias": "column",
+        "v.bias": "column",
+        "o.weight": "row",
+        "o.bias": "replicate",
+        "q_norm.weight": "replicate",
+        "k_norm.weight": "replicate",
+    }
+    hf = {f"{x}.{kind}": f"self_attn.{x}_proj.{kind}" for x in "qkvo" for kind in ("weight", "bias")} | {
+        f"{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"
+    }
+
+    def __init__(self, config: SoftmaxConfig, site: Site):
+        super().__init__(config, site)
+        heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        self.head_dim = config.head_dim or site.d_model // heads
+        qkv_bias = site.bias if config.qkv_bias is None else config.qkv_bias
+        self.q = nn.Linear(site.d_model, heads * self.head_dim, bias=qkv_bias)
+        self.k = nn.Linear(site.d_model, kv_heads * self.head_dim, bias=qkv_bias)
+        self.v = nn.Linear(site.d_model, kv_heads * self.head_dim, bias=qkv_bias)
+        self.o = nn.Linear(heads * self.head_dim, site.d_model, bias=site.bias)
+        self.q_norm = make_norm("rmsnorm", self.head_dim, site.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm("rmsnorm", self.head_dim, site.norm_eps) if config.qk_norm else nn.Identity()
+        self._rotary: Hashable = ("rotary", self.head_dim, config.rope_theta) if site.positions == "rope" else None
+        self._mask: Hashable = ("mask", config.window)
+
+    def prepare(self, ctx: Context) -> None:
+        if self._rotary:
+            ctx.share(self._rotary, lambda: rotary_table(ctx.positions, self.head_dim, self.config.rope_theta))
+        ctx.share(self._mask, lambda: attention_mask(ctx, self.config.window))
+
+    def forward(
+        self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
+    ) -> Tensor:
+        q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
+        if cache is not None:
+            k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
+        k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd)
+        mask = ctx.shared[self._mask]
+        out_BHNd = F.scaled_dot_product_attention(
+            q_BNHd.transpose(1, 2),
+            k_BMGd.transpose(1, 2),
+            v_BMGd.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and ctx.causal and q_BNHd.shape[1] > 1,
+            enable_gqa=q_BNHd.shape[2] != k_BMGd.shape[2],
+        )
+        out_BNHd = gate_heads(out_BHNd.transpose(1, 2), head_gate)
+        return self.o(out_BNHd.flatten(2))
+
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
+        q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
+        group = q_BNHd.shape[2] // k_BNGd.shape[2]
+        k_BNHd, v_BNHd = (kv.repeat_interleave(group, dim=2) for kv in (k_BNGd, v_BNGd))
+        scores_BHNM = torch.einsum("bnhd,bmhd->bhnm", q_BNHd, k_BNHd) / self.head_dim**0.5
+        n = x.shape[1]
+        place = torch.arange(n, device=x.device)
+        distance = place[:, None] - place[None, :]
+        seen = distance >= 0 if ctx.causal else torch.ones_like(distance, dtype=torch.bool)
+        if self.config.window is not None:
+            seen = seen & (distance.abs() < self.config.window)
+        if ctx.documents is not None:
+            seen = seen & (ctx.documents[:, None, :, None] == ctx.documents[:, None, None, :])
+        weights_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf).softmax(-1)
+        return self.o(torch.einsum("bhnm,bmhd->bnhd", weights_BHNM, v_BNHd).flatten(2))
+
+    def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, N, H, d]`, keys and values `[B, N, G, d]`, normed and rotated."""
+        q_BNHd = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)))
+        k_BNGd = self.k_norm(self.k(x).unflatten(-1, (-1, self.head_dim)))
+        v_BNGd = self.v(x).unflatten(-1, (-1, self.head_dim))
+        if self._rotary:
+            q_BNHd = rotate(q_BNHd, ctx.shared[self._rotary])
+            k_BNGd = rotate(k_BNGd, ctx.shared[self._rotary])
+        return q_BNHd, k_BNGd, v_BNGd
+
+    def flops(self, n: int) -> float:
+        keys = n / 2 if self.config.window is None else min(n / 2, self.config.window)
+        return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim
+
+
+def attention_mask(ctx: Context, window: int | None) -> Tensor | None:
+    """Which of the M keys each of the N queries sees: bool `[B or 1, 1, N, M]`, or None where plain causal (or full)
+    attention says it all, so that torch may take its fastest path."""
+    n = ctx.positions.shape[1]
+    m = ctx.first_index + n
+    only_new = ctx.first_index == 0 or (n == 1 and ctx.causal)
+    if ctx.documents is None and window is None and only_new:
+        return None
+    queries = torch.arange(ctx.first_index, m, device=ctx.positions.device)[:, None]
+    keys = torch.arange(m, device=ctx.positions.device)[None, :]
+    seen = (keys <= queries) if ctx.causal else torch.ones_like(keys <= queries)
+    if window is not None:
+        seen = seen & (queries - keys < window)
+        if not ctx.causal:
+            seen = seen & (keys - queries < window)
+    seen = seen[None]
+    if ctx.documents is not None:
+        key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents
+        seen = seen & (ctx.documents[:, :, None] == key_documents[:, None, :])
+    return seen[:, None]
+
+
+def _remember(cache: dict[str, Any], k_BNGd: Tensor, v_BNGd: Tensor) -> tuple[Tensor, Tensor]:
+    """Append to the cached keys and values; return all of them."""
+    keys = cache.setdefault("k", GrowingTensor())
+    values = cache.setdefault("v", GrowingTensor())
+    return keys.append(k_BNGd), values.append(v_BNGd)

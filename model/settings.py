@@ -1,0 +1,91 @@
+"""From TOML tables to typed settings: every fault is collected and said in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from functools import cache
+from typing import Any, TypeVar
+
+from model.config import Architecture, ModelConfig, find_layer
+
+Settings = TypeVar("Settings")
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # type: ignore[attr-defined]
+    return TypeAdapter(cls)
+
+
+def build(cls: type[Settings], section: str, values: dict[str, Any], faults: list[str]) -> Settings | None:
+    """The dataclass `cls` from the table `[section]`; None, and sentences in `faults`, if something is wrong."""
+    from pydantic import ValidationError
+
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = [key for key in values if key not in known]
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        faults.append(f"{section}.{key} is no key of [{section}]; the nearest known key is {section}.{near[0]}.")
+    try:
+        adapter: Any = _adapter(cls)  # type: ignore[arg-type]
+        built = adapter.validate_python({key: values[key] for key in values if key not in unknown})
+    except ValidationError as error:
+        faults += [_sentence(section, fault) for fault in error.errors()]
+        return None
+    return None if unknown else built
+
+
+def _sentence(section: str, fault: Any) -> str:
+    # The location of a union's branch ends with the branch's type, which says nothing to a reader.
+    where = ".".join(str(part) for part in fault["loc"] if str(part).isidentifier() or isinstance(part, int))
+    if fault["type"] == "missing":
+        return f"{section}.{where} is missing."
+    if fault["type"] == "unexpected_keyword_argument":
+        return f"{section}.{where} is no known key."
+    expected = fault["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{section}.{where} = {fault['input']!r}: expected {expected}."
+
+
+def build_architecture(
+    tables: dict[str, Any], faults: list[str], *, allow_code: bool = False
+) -> tuple[ModelConfig | None, Architecture | None]:
+    """The model that `[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` describe.
+
+    Returns None for what has faults of its own, which are appended to `faults`.
+    """
+    count = len(faults)
+    model = build(ModelConfig, "model", tables.get("model", {}), faults)
+    layers: dict[str, dict[str, Any]] = {"mixers": {}, "feedforwards": {}}
+    for section, found in layers.items():
+        for name, values in tables.get(section, {}).items():
+            if not isinstance(values, dict):
+                faults.append(f"{section}.{name} = {values!r} stands outside a [{section}.NAME] table.")
+                continue
+            settings = {key: value for key, value in values.items() if key != "kind"}
+            try:
+                cls = find_layer(section, name, str(values.get("kind", name)), allow_code=allow_code)
+            except ValueError as error:
+                faults.append(f"{section}.{name}.{error}")
+                continue
+            config = build(cls.Config, f"{section}.{name}", settings, faults)
+            if config is not None:
+                found[name] = (cls, config)
+    if len(faults) > count or model is None:
+        return model, None
+    architecture = Architecture(model, layers["mixers"], layers["feedforwards"])
+    faults += architecture.resolve()
+    return model, architecture if len(faults) == count else None
+
+
+def without_none(value: Any) -> Any:
+    """A dataclass as nested plain tables; keys that are None are left out, since TOML has no null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(item) for item in value]
+    return value

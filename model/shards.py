@@ -1,0 +1,82 @@
+"""Reading torch.distributed.checkpoint files without trusting them.
+
+The library pickles `.metadata` and every entry that is no tensor, and loads both without restriction. Ours hold
+tensors only: `.metadata` is read with an allow-list of types, and any other entry is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+_ALLOWED = {
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "StorageMeta"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("collections", "OrderedDict"),
+    *(("torch", dtype) for dtype in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
+}
+
+
+class _TensorsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ValueError(
+                f"checkpoint metadata asks for {module}.{name}, which no checkpoint of ours holds: refused."
+            )
+        return super().find_class(module, name)
+
+
+class TensorReader(FileSystemReader):
+    """A `FileSystemReader` for checkpoints that hold tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata, read under the allow-list. Raises ValueError for anything that is not ours."""
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as file:
+            metadata = _TensorsOnly(file).load()
+        strange = [k for k, v in metadata.state_dict_metadata.items() if not isinstance(v, TensorStorageMetadata)]
+        if strange:
+            raise ValueError(f"{path} lists entries that are no tensors ({', '.join(strange[:5])}): refused.")
+        if getattr(metadata, "storage_meta", None) is None:
+            from torch.distributed.checkpoint.metadata import StorageMeta
+
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def tensor_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Names (less the prefix) and shapes of the tensors stored under `prefix`."""
+    entries = TensorReader(folder).read_metadata().state_dict_metadata
+    return {name.removeprefix(prefix): tuple(entry.size) for name, entry in entries.items() if name.startswith(prefix)}
+
+
+def shape_faults(folder: Path, wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    """How the model stored in `folder` differs from the wanted one, tensor by tensor, with both shapes."""
+    stored = tensor_shapes(folder, "model.")
+    faults = [f"{name}: not in {folder}." for name in wanted if name not in stored]
+    faults += [
+        f"{name} {list(stored[name])} of {folder} has no place in this model." for name in stored if name not in wanted
+    ]
+    faults += [
+        f"{name}: {list(stored[name])} in {folder}, but {list(shape)} in this model."
+        for name, shape in wanted.items()
+        if name in stored and stored[name] != shape
+    ]
+    return faults

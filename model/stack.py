@@ -1,0 +1,186 @@
+"""The stack: embedding, blocks, final norm, head. Single-device code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import Cache
+from model.config import Architecture
+from model.context import Context
+from model.initialisation import Init, Normal
+from model.norms import make_norm
+
+
+class Block(nn.Module):
+    """One mixer and one feed-forward around the residual stream."""
+
+    def __init__(self, architecture: Architecture, layer: int):
+        super().__init__()
+        m = architecture.model
+        site = architecture.site(layer)
+        mixer_class, mixer_config = architecture.mixers[architecture.mixer_names[layer]]
+        feedforward_class, feedforward_config = architecture.feedforwards[architecture.feedforward_names[layer]]
+        self.layer = layer
+        self.parallel = m.residual == "parallel"
+        self.mixer_norm = make_norm(m.norm, m.d_model, m.norm_eps)
+        self.mixer = mixer_class(mixer_config, site)
+        # In parallel both read the same normalised input.
+        self.feedforward_norm = nn.Identity() if self.parallel else make_norm(m.norm, m.d_model, m.norm_eps)
+        self.feedforward = feedforward_class(feedforward_config, site)
+
+    def forward(
+        self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
+    ) -> Tensor:
+        normed = self.mixer_norm(x)
+        mixed = self.mixer(normed, ctx, cache, head_gate)
+        if self.parallel:
+            return x + mixed + self.feedforward(normed)
+        x = x + mixed
+        return x + self.feedforward(self.feedforward_norm(x))
+
+
+class Model(nn.Module):
+    """A decoder (or, with `causal=False`, an encoder) over tokens.
+
+    `model(tokens [B, N]) -> logits [B, N, vocab]`. Parameter names are global: `layers.17.mixer.q.weight`.
+    """
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        m = architecture.model
+        self.architecture = architecture
+        self.embedding = nn.Embedding(m.vocab_size, m.d_model)
+        self.positions = nn.Embedding(m.max_positions, m.d_model) if m.positions == "learned" else None
+        self.layers = nn.ModuleDict({str(layer): Block(architecture, layer) for layer in range(m.num_layers)})
+        self.final_norm = make_norm(m.norm, m.d_model, m.norm_eps)
+        self.head = None if m.tie_embeddings else nn.Linear(m.d_model, m.vocab_size, bias=False)
+        self.embedding_scale = math.sqrt(m.d_model) if m.embedding_scale == "sqrt" else m.embedding_scale
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        causal: bool = True,
+        head_gates: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits `[B, N, vocab]` in the dtype of the weights.
+
+        Args:
+            tokens: int64 `[B, N]`.
+            documents: ids `[B, N]`, non-decreasing along N; attention and states stop at a change. Default: one.
+            positions: `[B, N]`. Default: from 0, or from where the cache stands.
+            cache: what was consumed before; updated in place.
+            head_gates: layer index -> a factor `[H]` or `[B, N, H]` for each head's contribution.
+        """
+        ctx = self.context(tokens, documents, positions, cache, causal)
+        ctx.head_gates = head_gates or {}
+        x = self.embed(tokens, ctx)
+        for block in self.layers.values():
+            remembered = None if cache is None else cache.layer(block.layer)
+            x = block(x, ctx, remembered, ctx.head_gates.get(block.layer))
+        return self.logits(x)
+
+    def context(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        causal: bool = True,
+    ) -> Context:
+        """What the layers are told beside their input; what several of them need is computed here, once."""
+        batch_size, n = tokens.shape
+        steps = torch.arange(n, device=tokens.device)
+        if cache is None:
+            positions = steps.expand(batch_size, n) if positions is None else positions
+            ctx = Context(positions=positions, documents=documents, causal=causal)
+        else:
+            ctx = self._cached_context(steps, batch_size, documents, positions, cache)
+        if not causal:
+            self._check_bidirectional()
+        for block in self.layers.values():
+            block.mixer.prepare(ctx)
+        return ctx
+
+    def _cached_context(
+        self, steps: Tensor, batch_size: int, documents: Tensor | None, positions: Tensor | None, cache: Cache
+    ) -> Context:
+        previous = cache.last_documents(batch_size, steps.device)
+        first_index = cache.num_tokens
+        cache.isolated = cache.isolated or documents is not None
+        if documents is None:
+            documents = previous[:, None].expand(batch_size, len(steps))
+        if positions is None:
+            start = 0 if cache.lengths is None else cache.lengths[:, None]
+            positions = (steps + start).expand(batch_size, len(steps))
+        cache.advance(positions, documents)
+        return Context(
+            positions=positions,
+            documents=documents if cache.isolated else None,
+            key_documents=cache.documents,
+            first_index=first_index,
+            previous_documents=previous,
+        )
+
+    def embed(self, tokens: Tensor, ctx: Context) -> Tensor:
+        """`[B, N]` -> `[B, N, D]`."""
+        x = self.embedding(tokens)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        return x if self.positions is None else x + self.positions(ctx.positions)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """`[B, N, D]` -> `[B, N, vocab]`."""
+        x = self.final_norm(x)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def init_weights(self) -> dict[str, Init]:
+        """Initial values of the parameters that belong to no layer."""
+        std = Normal(self.architecture.model.init_std)
+        inits: dict[str, Init] = {"embedding.weight": std}
+        if self.positions is not None:
+            inits["positions.weight"] = std
+        if self.head is not None:
+            inits["head.weight"] = std
+        return inits
+
+    def flops(self, n: int) -> float:
+        """Forward matrix-product operations per token of a sequence of n: the layers and the head."""
+        m = self.architecture.model
+        layers = sum(block.mixer.flops(n) + block.feedforward.flops(n) for block in self.layers.values())
+        return layers + 2 * m.d_model * m.vocab_size
+
+    def _check_bidirectional(self) -> None:
+        one_way = sorted({type(b.mixer).__name__ for b in self.layers.values() if not b.mixer.bidirectional})
+        if one_way:
+            raise ValueError(f"causal = False, but {', '.join(one_way)} can only look back; use softmax layers.")
+
+
+def all_inits(model: nn.Module) -> dict[str, Init]:
+    """Initial value of every parameter by its full name, collected from the modules that declare them.
+
+    Raises:
+        ValueError: parameters without a declared initial value.
+    """
+    inits: dict[str, Init] = {}
+    for prefix, module in model.named_modules():
+        declare = getattr(module, "init_weights", None)
+        if declare is not None:
+            inits |= {f"{prefix}.{name}".lstrip("."): init for name, init in declare().items()}
+    missing = [name for name, _ in model.named_parameters() if name not in inits]
+    if missing:
+        raise ValueError(f"init_weights() declares no initial value for {', '.join(missing)}.")
+    return inits
+
+
+def undecayed_names(model: nn.Module) -> set[str]:
+    """Full names of the matrices that weight decay must leave alone, as their layers declare."""
+    return {f"{prefix}.{name}" for prefix, module in model.named_modules() for name in getattr(module, "no_decay", ())}

@@ -1,0 +1,1 @@
+"""Spread it: every mesh and every collective."""

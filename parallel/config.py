@@ -1,0 +1,34 @@
+"""`[parallel]`: how the work is spread. Nothing here changes what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ParallelConfig:
+    """`[parallel]`; world size = dp_replicate x dp_shard x pp x cp x tp."""
+
+    dp_replicate: int = 1
+    """Copies of the (sharded) model."""
+    dp_shard: int = -1
+    """Ranks over which parameters, gradients and optimizer states are cut (FSDP2); -1 takes what is left."""
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline stages."""
+    cp: int = 1
+    """Ranks over which a sequence is cut."""
+    ep: int = 1
+    """Expert-parallel ranks: no factor of the world, they regroup the dp_shard x cp ranks."""
+    microbatches: int | None = None
+    """Equal parts into which a data-parallel rank cuts its share of the batch. Default: 1, or 2 x pp."""
+    sequence_parallel: bool = True
+    """With tp: cut the residual stream along the sequence between tensor-parallel regions."""
+    pp_schedule: Literal["1f1b", "interleaved1f1b", "zbv"] = "1f1b"
+    """Order of forward and backward in a pipeline."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping: nothing, all but matrix products, or everything."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What carries data parallelism."""

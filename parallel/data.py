@@ -1,0 +1,73 @@
+"""Data parallelism by FSDP2: sharded (dp_shard), replicated (dp_replicate), or both (HSDP)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from model.initialisation import draw
+from model.stack import Model, all_inits
+
+
+def spread(model: Model, mesh: DeviceMesh, *, bf16: bool) -> Model:
+    """Shard the model's parameters over the mesh, block by block.
+
+    One path for all: plain replication is a mesh whose `dp_shard` is 1 (unlike DDP, its reductions do not change
+    their order after the first step, so a resumed run stays bit-equal). A process alone in full precision needs no
+    wrapping at all. With `bf16`, parameters stay fp32 and are cast when gathered; gradients are reduced in fp32.
+    """
+    if mesh.size() == 1 and not bf16:
+        return model
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    if bf16:
+        for module in list(model.modules()):
+            if getattr(module, "keep_fp32", False):
+                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def initialise(model: Model, seed: int, device: torch.device) -> None:
+    """Give a model on the meta device its memory and its initial values; each rank draws only what it holds."""
+    inits = all_inits(model)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local, rows, columns = _held(parameter)
+            part = draw(name, inits[name], parameter.shape, seed, rows)
+            local.copy_(part[(slice(None), *columns)])
+
+
+def _held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
+    """The part of a parameter in this process's memory: the tensor, its global rows, and its slices in the rest."""
+    if not isinstance(parameter, DTensor):
+        return parameter, range(parameter.shape[0]), ()
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    rows = range(offset[0], offset[0] + shape[0])
+    columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
+    return parameter.to_local(), rows, columns
+
+
+def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the coming backward reduces gradients over ranks: only the last micro-batch's does."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
+def gradient_divisor(model: nn.Module, data_parallel: int) -> int:
+    """By how much the engine divides summed gradients (FSDP2 averages; gloo cannot be told otherwise)."""
+    return data_parallel if isinstance(model, FSDPModule) else 1
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Sum of each value over all ranks, in fp64. Collective; travels by gloo, so no GPU waits for it."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,45 @@
+"""Activation recomputation and compilation, block by block."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from model.stack import Model
+
+# What `selective` keeps: the results of linear maps and of fused attention. All else is cheap to compute again.
+# Batched products are left out: inside linear attention they make scores and states, which are large, and a result
+# that is then changed in place (as kernels do) would come back changed: torch does not notice, and gradients are wrong.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_blocks(model: Model, kind: Literal["none", "selective", "full"]) -> None:
+    """Let backward compute the blocks' activations again. Values do not change; parameter names neither."""
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.layers.values():
+        plain = block.forward
+        block.forward = partial(checkpoint, plain, **options)
+
+
+def compile_blocks(model: Model) -> None:
+    """Compile each block by itself: blocks of one kind share code, and the compile time does not grow with depth."""
+    for block in model.layers.values():
+        block.compile()

@@ -1,0 +1,1 @@
+"""Run it: command line, configuration, the loop, data, checkpoints, metrics, report."""

@@ -1,0 +1,207 @@
+"""Checkpoints: written beside training, complete or not there at all, read back into any layout.
+
+A step's folder is written as `step-N.partial/`, its manifest last, and then renamed. An older checkpoint is deleted
+only when a newer one is complete. Entries are tensors only; everything else stands in JSON or TOML beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
+from model.shards import TensorReader
+from model.stack import Model
+from trainer.config import CheckpointConfig
+
+
+@dataclass
+class Counters:
+    """How far a run has come: all the state there is beside weights and optimizer.
+
+    The batch, the learning rate and every random number are functions of these counters and the configuration.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def training_state(model: Model, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, Any]:
+    """Everything a checkpoint holds, as tensors by global name; loading writes into the same tensors."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {names[parameter]: state for parameter, state in optimizer.state.items() if isinstance(parameter, Tensor)}
+    counts = {key: torch.tensor(value, dtype=torch.int64) for key, value in asdict(counters).items()}
+    return {"model": dict(model.named_parameters()), "optimizer": moments, "counters": counts}
+
+
+def load_training_state(
+    folder: Path, model: Model, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None
+) -> Counters:
+    """Read a step folder into the model and the optimizer, in whatever layout they are. Collective."""
+    state = training_state(model, optimizer, Counters())
+    with torch.no_grad():
+        dcp.load(state, storage_reader=TensorReader(folder), process_group=group)
+    return Counters(**{key: int(value) for key, value in state["counters"].items()})
+
+
+def load_weights(folder: Path, model: Model, group: dist.ProcessGroup | None = None) -> None:
+    """Read only the weights of a step folder into the model, in whatever layout it is. Collective."""
+    with torch.no_grad():
+        dcp.load({"model": dict(model.named_parameters())}, storage_reader=TensorReader(folder), process_group=group)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run, one at a time, while training goes on.
+
+    Args:
+        describe: makes the files beside the shards (config, tokenizer) in the folder it is given; first rank only.
+        report: told of events: (name, details).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        describe: Callable[[Path], dict[str, Any]],
+        report: Callable[..., None],
+    ):
+        self.run_dir, self.config, self.describe, self.report = run_dir, config, describe, report
+        # A group of its own: these collectives run beside those of training.
+        self.group = dist.new_group(backend="gloo")
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+        self.saved_step: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the configuration asks for a checkpoint after this update."""
+        return self.config.every_steps > 0 and step % self.config.every_steps == 0
+
+    def save(self, state: dict[str, Any], step: int) -> None:
+        """Copy the state and begin to write it; returns before it is durable. Collective.
+
+        Raises:
+            RuntimeError: the save before this one failed and `checkpoint.on_failure` is "stop".
+        """
+        self.wait()
+        self.saved_step = step
+        final = step_folder(self.run_dir, step)
+        partial = final.with_name(final.name + ".partial")
+        self.report("checkpoint_requested", step=step)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier(self.group)
+        response = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
+        assert isinstance(response, Future)
+        self.pending = self.background.submit(self._finish, response, partial, final, step, time.monotonic())
+
+    def wait(self) -> None:
+        """Until what was begun is durable, or has failed. Raises RuntimeError as `save` does."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            self.report("checkpoint_failed", step=self.saved_step, reason=str(error))
+            self.saved_step = None
+            if self.config.on_failure == "stop":
+                raise RuntimeError(f"writing a checkpoint failed: {error}") from error
+
+    def close(self) -> None:
+        """Wait, and end the background thread."""
+        self.wait()
+        self.background.shutdown()
+
+    def _finish(self, written: Future[Any], partial: Path, final: Path, step: int, begun: float) -> None:
+        """Beside training, on every rank: hash what this rank wrote; the first rank completes the folder."""
+        written.result()
+        rank = dist.get_rank()
+        described: dict[str, Any] | str
+        try:
+            described = describe_files(partial, sorted(partial.glob(f"__{rank}_*.distcp")))
+        except OSError as error:
+            described = f"rank {rank}: {error}"
+        gathered: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(described, gathered, group=self.group)
+        outcome: list[str | None] = [None]
+        if gathered is not None:
+            try:
+                self._complete(gathered, partial, final, step)
+                self.report("checkpoint_durable", step=step, seconds=round(time.monotonic() - begun, 3))
+            except OSError as error:
+                outcome = [str(error)]
+        # All ranks agree on how it ended, so that all go on or all stop.
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[0] is not None:
+            raise RuntimeError(outcome[0])
+
+    def _complete(self, gathered: list[dict[str, Any] | str], partial: Path, final: Path, step: int) -> None:
+        if failures := [part for part in gathered if isinstance(part, str)]:
+            raise OSError("; ".join(failures))
+        facts = self.describe(partial)
+        own = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.suffix != ".distcp"]
+        files = describe_files(partial, own)
+        for part in gathered:
+            assert isinstance(part, dict)
+            files |= part
+        manifest = partial / MANIFEST
+        manifest.write_text(json.dumps({"step": step, **facts, "files": files}, indent=1))
+        _flush(manifest)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _flush(final.parent)
+        self._delete_old(step)
+
+    def _delete_old(self, newest: int) -> None:
+        folders = [folder for folder in step_folders(self.run_dir) if (step_of(folder) or 0) <= newest]
+        for folder in folders[self.config.keep_last :]:
+            step = step_of(folder) or 0
+            if self.config.keep_every and step % self.config.keep_every == 0:
+                continue
+            # Without its manifest it is no checkpoint any more, however much of it is left.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(run_dir: Path) -> list[str]:
+    """Delete what interrupted saves and deletions left behind; the names of the folders removed."""
+    leftovers = [
+        folder
+        for folder in sorted((run_dir / "checkpoints").glob("step-*"))
+        if folder.name.endswith(".partial") or not (folder / MANIFEST).exists()
+    ]
+    for folder in leftovers:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder.name for folder in leftovers]
+
+
+def remove_later(run_dir: Path, step: int) -> list[str]:
+    """Delete step folders after `step`: damaged ones, or those of a history that is being rewritten."""
+    later = [folder for folder in step_folders(run_dir) if (step_of(folder) or 0) > step]
+    for folder in later:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder.name for folder in later]

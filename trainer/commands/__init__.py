@@ -1,0 +1,1 @@
+"""One module for each group of commands; `trainer.cli` names them all."""

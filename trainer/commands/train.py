@@ -1,0 +1,159 @@
+"""`headway train CONFIG.toml [--section.key VALUE ...]`"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from trainer.cli import REFUSED
+
+if TYPE_CHECKING:
+    from parallel.processes import Process
+    from trainer.config import Config
+    from trainer.resume import Plan
+    from trainer.signals import StopRequest
+
+
+def train(argv: list[str]) -> int:
+    """Train; returns the exit code. Raises ValueError for what is refused."""
+    if not argv or argv[0] in ("-h", "--help"):
+        return _help()
+    # The first thing of all: a signal must find us whatever we are doing.
+    from trainer.signals import StopRequest
+
+    with StopRequest() as stop:
+        return _train(Path(argv[0]), argv[1:], stop)
+
+
+def _train(path: Path, overrides: list[str], stop: StopRequest) -> int:
+    from parallel.processes import from_first_rank, process_group, this_process
+    from trainer.config import Refused, load_config
+
+    process = this_process()
+    try:
+        config = load_config(path, overrides)
+        _check_layout(config, process)
+    except Refused:
+        if process.is_first:
+            raise
+        # Every rank finds the same faults and the first one says them; torchrun ends it as soon as one rank is gone.
+        time.sleep(2)
+        return REFUSED
+    plan, failure = _plan(config, process) if process.is_first else (None, None)
+    if failure is not None and process.world_size == 1:
+        raise failure
+    with process_group(process):
+        # A first rank that has failed still joins, to tell the others: they would wait for it until they are killed.
+        plan, failed = from_first_rank((plan, failure is not None))
+        if failure is not None:
+            raise failure
+        return REFUSED if failed else _train_together(config, plan, process, stop)
+
+
+def _check_layout(config: Config, process: Process) -> None:
+    from parallel.mesh import layout_faults, unbuilt_faults
+    from trainer.config import Refused
+
+    data = config.data
+    faults = layout_faults(
+        config.parallel,
+        process.world_size,
+        config.architecture,
+        seq_len=data.seq_len,
+        global_batch_size=data.global_batch_size,
+    )
+    if faults := faults + unbuilt_faults(config.parallel):
+        raise Refused(faults, "This layout is refused")
+
+
+def _plan(config: Config, process: Process) -> tuple[Plan | None, Exception | None]:
+    """The plan, and the run folder made ready for it; or what stands against it."""
+    from trainer.resume import make_plan, prepare_run_folder
+
+    try:
+        plan = make_plan(config, process)
+        if plan.already_done:
+            print(plan.already_done, file=sys.stderr)
+        else:
+            prepare_run_folder(config, plan)
+    except Exception as failure:
+        return None, failure
+    return plan, None
+
+
+def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRequest) -> int:
+    """With a process group: train by the agreed plan, and say how it ended."""
+    from trainer.loop import train as train_loop
+    from trainer.run import open_run
+    from trainer.status import Status
+
+    if agreed.already_done:
+        return 0
+    _check_shared_folder(config, process)
+    # The order of the samples is part of the plan: the first rank may have taken it from a checkpoint.
+    config.data.samples = agreed.samples
+    status = Status(Path(config.run.dir), is_first=process.is_first)
+    status.checkpoint = agreed.resume_from.name if agreed.resume_from is not None else None
+    try:
+        with open_run(config, agreed, process, stop, status) as run:
+            status.set("running")
+            status.event("resumed" if agreed.resume_from else "started", step=run.counters.step)
+            for note in [*config.warnings, *agreed.notes]:
+                status.event("warning", reason=note)
+                run.progress.note(note)
+            ending = train_loop(run)
+    except ValueError:
+        raise
+    except BaseException as error:
+        status.event("failed", step=status.step, reason=f"{type(error).__name__}: {error}")
+        status.set("failed", f"rank {process.rank}, step {status.step}: {type(error).__name__}: {error}")
+        raise
+    reason = {"finished": "all steps done", "stopped": "run.stop_at_step", "preempted": _preemption(stop)}[ending]
+    status.event(ending, step=run.counters.step, reason=reason)
+    status.set(ending, reason)
+    return 0
+
+
+def _preemption(stop: StopRequest) -> str:
+    return f"signal {stop.signal_name}" if stop.requested else "a signal to another rank"
+
+
+def _check_shared_folder(config: Config, process: Process) -> None:
+    """Every rank must see the folder that the first one made."""
+    from parallel.data import sum_over_ranks
+    from trainer.config import Refused
+
+    seen = (Path(config.run.dir) / "config.toml").is_file()
+    if missing := int(sum_over_ranks([0.0 if seen else 1.0])[0]):
+        raise Refused(
+            [
+                f"run.dir = {config.run.dir} is not seen by {missing} of {process.world_size} processes: "
+                "it must lie on a file system that all nodes share."
+            ]
+        )
+
+
+def _help() -> int:
+    """Every section and key, with its type and default, as tyro shows them."""
+    from model.config import ModelConfig
+    from trainer.config import SECTIONS
+
+    sections = {"model": ModelConfig, **SECTIONS}
+    described = make_dataclass(
+        "Train",
+        [("config", tyro.conf.Positional[Path])]
+        + [(name, cls, field(default_factory=cls)) for name, cls in sections.items()],
+    )
+    tyro.cli(described, args=["--help"], prog="headway train", description=TRAIN_HELP)
+    return 0
+
+
+TRAIN_HELP = """Trains; resumes by itself.
+
+CONFIG is a TOML file (see configs/); --section.key VALUE overrides what stands in it. Layers are tables of their own,
+[mixers.NAME] and [feedforwards.NAME], overridden as --mixers.NAME.key VALUE."""

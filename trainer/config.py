@@ -1,0 +1,330 @@
+"""The configuration: TOML tables and `--section.key VALUE` overrides, typed, with every fault listed at once."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import Architecture, ModelConfig
+from model.settings import build, build_architecture, without_none
+from parallel.config import ParallelConfig
+from trainer.data.config import DataConfig
+from trainer.metrics import MetricsConfig
+
+
+class Refused(ValueError):
+    """Something the user asked for cannot be done; the message lists every reason."""
+
+    def __init__(self, faults: Sequence[str], what: str = "This run is refused"):
+        self.faults = list(faults)
+        listed = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"{what}, for {len(self.faults)} reason{'s' if len(self.faults) != 1 else ''}:\n{listed}")
+
+
+@dataclass
+class RunConfig:
+    """`[run]`"""
+
+    dir: str = ""
+    """The run folder."""
+    seed: int = 0
+    """Of initial weights and data order."""
+    stop_at_step: int | None = None
+    """Stop after this update with a checkpoint; the schedule is untouched."""
+    precision: Literal["bf16", "fp32", "fp64"] | None = None
+    """Of matrix products. Default: bf16 on GPUs, fp32 on CPUs. fp64 is for comparing layouts."""
+    compile: bool = False
+    """torch.compile, block by block."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (`layers.0.*`) of parameters that are not trained; gradients still flow through them."""
+    resume: str = "auto"
+    """`auto`: from the newest complete checkpoint of the run folder; `never`: refuse a folder that has one; or the
+    path of a step folder."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys outside [run] [parallel] [checkpoint] [metrics] that may differ from the checkpoint's."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """`[objective]`"""
+
+    kind: Literal["next_token"] = "next_token"
+    """What is minimised: next-token cross-entropy."""
+
+
+@dataclass
+class OptimizerConfig:
+    """`[optimizer]`"""
+
+    kind: Literal["adamw"] = "adamw"
+    """AdamW, with torch's fused update."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 for none."""
+    max_skipped_in_a_row: int = 10
+    """Updates with a non-finite loss or gradient are skipped; after this many in a row the run fails."""
+
+
+@dataclass
+class ScheduleConfig:
+    """`[schedule]`"""
+
+    steps: int = 0
+    """Updates."""
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd stays at the peak and decays at the end."""
+    warmup_steps: int = 0
+    """Linear warm-up; clipped, with a warning, when longer than the run."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the last step as a part of the peak."""
+    decay_fraction: float = 0.2
+    """wsd: the last part of the run in which the learning rate falls."""
+
+
+@dataclass
+class CheckpointConfig:
+    """`[checkpoint]`"""
+
+    every_steps: int = 0
+    """0: only where the run ends or stops."""
+    keep_last: int = 3
+    """Newest complete checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this; 0: none."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a save fails (disk full): warn and train on, the older checkpoint being intact, or stop the run."""
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunConfig,
+    "objective": ObjectiveConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "metrics": MetricsConfig,
+}
+MODEL_SECTIONS = ("model", "mixers", "feedforwards")
+FREE_SECTIONS = ("run", "parallel", "checkpoint", "metrics")
+"""Sections that may change when a run resumes."""
+
+
+@dataclass
+class Config:
+    """A whole configuration, valid in itself. `tables` is its resolved TOML."""
+
+    run: RunConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+    architecture: Architecture
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.architecture.model
+
+    @property
+    def samples(self) -> int:
+        """Over how many samples the data order is fixed."""
+        return self.data.samples or self.schedule.steps * self.data.global_batch_size
+
+    def tables(self) -> dict[str, Any]:
+        """Nested tables of every setting, defaults included, that read back as the same configuration."""
+        tables = {name: without_none(getattr(self, name)) for name in SECTIONS}
+        tables["data"]["samples"] = self.samples
+        return tables | model_tables(self.architecture)
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.tables())
+
+
+def model_tables(architecture: Architecture) -> dict[str, Any]:
+    """`[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` as tables, kinds included."""
+    from model.feedforward import FEEDFORWARDS
+    from model.mixers import MIXERS
+
+    tables: dict[str, Any] = {"model": without_none(architecture.model)}
+    sections = (("mixers", architecture.mixers, MIXERS), ("feedforwards", architecture.feedforwards, FEEDFORWARDS))
+    for section, parts, registry in sections:
+        kinds = {path: kind for kind, path in registry.items()}
+        tables[section] = {}
+        for name, (cls, settings) in parts.items():
+            path = f"{cls.__module__}:{cls.__qualname__}"
+            tables[section][name] = {"kind": kinds.get(path, path)} | without_none(settings)
+    return tables
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: bool = True) -> Config:
+    """Read a TOML file, apply `--section.key VALUE` overrides, and check everything that needs no other file.
+
+    Raises:
+        Refused: listing every fault of the file and the overrides at once.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in Path("configs").glob("*.toml")], n=1)
+        hint = f" Did you mean configs/{near[0]}?" if near else ""
+        raise Refused([f"{path} does not exist.{hint}"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise Refused([f"{path} is not TOML: {error}"]) from None
+    return config_from_tables(tables, overrides, allow_code=allow_code)
+
+
+def config_from_tables(tables: dict[str, Any], overrides: Sequence[str] = (), *, allow_code: bool = True) -> Config:
+    """As `load_config`, from tables already read (which are not changed)."""
+    tables = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
+    faults = _apply_overrides(tables, overrides)
+    known = [*SECTIONS, *MODEL_SECTIONS]
+    for name in [name for name in tables if name not in known]:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        faults.append(f"[{name}] is no section; the nearest known section is [{near[0]}].")
+    for name in [name for name in tables if name in known and not isinstance(tables[name], dict)]:
+        faults.append(f"{name} = {tables.pop(name)!r}: expected a [{name}] table.")
+    faults += _take_model_from_source(tables)
+    sections = {name: build(cls, name, tables.get(name, {}), faults) for name, cls in SECTIONS.items()}
+    model, architecture = build_architecture(tables, faults, allow_code=allow_code)
+    faults += _section_faults(sections, model)
+    if faults:
+        raise Refused(faults, "This configuration is refused")
+    config = Config(architecture=architecture, **sections)  # type: ignore[arg-type]
+    _clip_warmup(config)
+    return config
+
+
+def _apply_overrides(tables: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write `--section.key VALUE` pairs into the tables; values are TOML where they can be read so, else text."""
+    faults = []
+    words = [part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    index = 0
+    while index < len(words):
+        word = words[index]
+        path = word.removeprefix("--").replace("-", "_").split(".")
+        if not word.startswith("--") or len(path) < 2:
+            faults.append(f"{word!r} is no override: write --section.key VALUE, for example --schedule.steps 100.")
+            index += 1
+            continue
+        if index + 1 == len(words):
+            faults.append(f"{word} has no value: write {word} VALUE.")
+            break
+        _set(tables, path, _read_value(words[index + 1]))
+        index += 2
+    return faults
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+_LISTS = {"run.freeze", "run.allow_change", "data.train", "data.validation", "model.pattern", "metrics.sinks"}
+
+
+def _set(tables: dict[str, Any], path: list[str], value: Any) -> None:
+    table = tables
+    for key in path[:-1]:
+        inner = table.get(key)
+        table[key] = dict(inner) if isinstance(inner, dict) else {}
+        table = table[key]
+    if ".".join(path) in _LISTS and not isinstance(value, list):
+        value = [value]
+    if path == ["run", "allow_change"]:
+        value = [*table.get("allow_change", []), *value]
+    table[path[-1]] = value
+
+
+def _take_model_from_source(tables: dict[str, Any]) -> list[str]:
+    """With `model.init_from`, what the model sections leave out is taken from that model's own configuration."""
+    source = tables.get("model", {}).get("init_from")
+    if not isinstance(source, str):
+        return []
+    from model.folders import find_checkpoint
+
+    try:
+        theirs = tomllib.loads((find_checkpoint(Path(source)) / "config.toml").read_text())
+    except (ValueError, OSError) as error:
+        return [f"model.init_from = {source!r}: {error}"]
+    tables["model"] = theirs["model"] | tables["model"]
+    for section in ("mixers", "feedforwards"):
+        ours = tables.get(section, {})
+        merged = {name: table | ours.get(name, {}) for name, table in theirs[section].items()}
+        tables[section] = merged | {name: table for name, table in ours.items() if name not in merged}
+    return []
+
+
+def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list[str]:
+    """What a section's types do not say. Sections that could not be read are None and left out."""
+    faults = []
+    if (run := sections["run"]) is not None:
+        if not run.dir:
+            faults.append('run.dir is missing: name the run folder, for example "runs/first".')
+        if run.stop_at_step is not None and run.stop_at_step < 1:
+            faults.append(f"run.stop_at_step = {run.stop_at_step} must be at least 1.")
+    if (optimizer := sections["optimizer"]) is not None:
+        faults += _optimizer_faults(optimizer)
+    if (schedule := sections["schedule"]) is not None:
+        if schedule.steps < 1:
+            faults.append(f"schedule.steps = {schedule.steps} must be at least 1.")
+        if schedule.warmup_steps < 0:
+            faults.append(f"schedule.warmup_steps = {schedule.warmup_steps} must not be negative.")
+        for key in ("final_lr_fraction", "decay_fraction"):
+            if not 0 <= getattr(schedule, key) <= 1:
+                faults.append(f"schedule.{key} = {getattr(schedule, key)} must lie between 0 and 1.")
+    if (checkpoint := sections["checkpoint"]) is not None:
+        faults += [
+            f"checkpoint.{key} = {getattr(checkpoint, key)} must be at least {least}."
+            for key, least in (("every_steps", 0), ("keep_last", 1), ("keep_every", 0))
+            if getattr(checkpoint, key) < least
+        ]
+    for name in ("data", "metrics"):
+        if sections[name] is not None:
+            faults += sections[name].faults()
+    data = sections["data"]
+    if data is not None and model is not None and model.positions == "learned" and data.seq_len > model.max_positions:
+        faults.append(f"data.seq_len = {data.seq_len} is more than model.max_positions = {model.max_positions}.")
+    return faults
+
+
+def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
+    faults = [
+        f"optimizer.{key} = {getattr(optimizer, key)} must not be negative."
+        for key in ("lr", "eps", "weight_decay", "grad_clip")
+        if getattr(optimizer, key) < 0
+    ]
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        faults.append(f"optimizer.betas = {list(optimizer.betas)} must lie in [0, 1).")
+    if optimizer.max_skipped_in_a_row < 1:
+        faults.append(f"optimizer.max_skipped_in_a_row = {optimizer.max_skipped_in_a_row} must be at least 1.")
+    return faults
+
+
+def _clip_warmup(config: Config) -> None:
+    schedule = config.schedule
+    if schedule.warmup_steps > schedule.steps:
+        config.warnings.append(
+            f"schedule.warmup_steps = {schedule.warmup_steps} is longer than the run: clipped to {schedule.steps}."
+        )
+        schedule.warmup_steps = schedule.steps

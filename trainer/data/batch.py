@@ -1,0 +1,54 @@
+"""What a step is fed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Batch:
+    """Rows of tokens, each with what is to be predicted from it. All int64 [B, N] on the CPU but `counted`.
+
+    `counted` bool [B, N]: whether the prediction of targets[b, i] from token i enters the loss.
+    `documents`: which document a token belongs to, non-decreasing from 0 in every row; None when documents are not
+    isolated. `positions`: from 0 at every document, or, when they are not isolated, at every row.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    counted: torch.Tensor
+    documents: torch.Tensor | None
+    positions: torch.Tensor
+
+
+def assemble(tokens: np.ndarray, targets: np.ndarray, counted: np.ndarray, pieces: np.ndarray, isolate: bool) -> Batch:
+    """A Batch from int64 arrays [B, N] and bool `counted` [B, N].
+
+    `pieces`: a number per token that changes exactly where another document begins, non-decreasing along N.
+    """
+    import torch
+
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    begins = np.zeros(tokens.shape, dtype=bool)
+    begins[:, 1:] = pieces[:, 1:] != pieces[:, :-1]
+    documents = begins.cumsum(axis=1)
+    starts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    positions = places - starts if isolate else places
+    return Batch(
+        tokens=torch.from_numpy(np.ascontiguousarray(tokens)),
+        targets=torch.from_numpy(np.ascontiguousarray(targets)),
+        counted=torch.from_numpy(np.ascontiguousarray(counted)),
+        documents=torch.from_numpy(documents) if isolate else None,
+        positions=torch.from_numpy(np.ascontiguousarray(positions)),
+    )
+
+
+def check_rows(rows: range, batch_size: int) -> None:
+    """Our own callers ask for rows of the global batch only."""
+    assert rows.step == 1 and 0 <= rows.start <= rows.stop <= batch_size, (rows, batch_size)

@@ -1,0 +1,217 @@
+"""A run put together from its configuration: model, data, optimizer, checkpoints and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.objective import OBJECTIVES
+from model.shards import shape_faults
+from model.stack import Model
+from parallel.data import initialise, spread, sum_over_ranks
+from parallel.mesh import Layout, build_mesh, resolve_layout
+from parallel.processes import Process
+from parallel.recompute import compile_blocks, recompute_blocks
+from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, load_weights, training_state
+from trainer.config import Config
+from trainer.data.evaluation import validation_sets
+from trainer.data.training import TrainingData
+from trainer.metrics import MetricsLog
+from trainer.optimizer import build_optimizer
+from trainer.progress import Progress
+from trainer.resume import Plan, checkpoint_files
+from trainer.signals import StopRequest
+from trainer.status import Status
+from trainer.step import Outcome, Updater
+from trainer.throughput import peak_flops, training_flops_per_token
+from trainer.validation import Validation
+
+
+@dataclass
+class Run:
+    """Everything the loop speaks of."""
+
+    config: Config
+    model: Model
+    optimizer: torch.optim.Optimizer
+    updater: Updater
+    data: TrainingData
+    validation: Validation | None
+    checkpoints: CheckpointWriter
+    counters: Counters
+    rows: range
+    metrics: MetricsLog | None
+    progress: Progress
+    status: Status
+    stop: StopRequest
+    world_size: int
+    flops_per_token: float
+    peak_flops: float | None
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process ends, unless it is asked to stop before."""
+        return min(self.config.schedule.steps, self.config.run.stop_at_step or self.config.schedule.steps)
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        return sum_over_ranks([float(self.stop.requested)])[0] > 0
+
+    def validation_is_due(self, step: int) -> bool:
+        every = self.config.data.validate_every_steps
+        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return training_state(self.model, self.optimizer, self.counters)
+
+    def record(self, outcome: Outcome, lr: float, seconds: float) -> dict[str, Any]:
+        """The object that `metrics.jsonl` gets for this step."""
+        tokens_per_second = self.config.data.global_batch_size * self.config.data.seq_len / seconds
+        mfu = None
+        if self.peak_flops is not None:
+            mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.world_size)
+        return {
+            "step": self.counters.step,
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "tokens": self.counters.tokens,
+            "lr": lr,
+            "step_time": seconds,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+            "skipped": outcome.skipped,
+        }
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Metrics, console and status; the first rank's business."""
+        self.status.step = record["step"]
+        if self.metrics is not None:
+            self.metrics.write(record)
+            if record["skipped"]:
+                self.status.event("skipped", step=record["step"], loss=str(record["loss"]))
+                self.progress.note(f"step {record['step']}: loss or gradient is not finite, the update is skipped")
+        self.progress.update(record)
+
+
+@contextmanager
+def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, status: Status) -> Iterator[Run]:
+    """Build the run that `config` and `plan` describe; its files are closed at the end. Collective."""
+    layout = resolve_layout(config.parallel, process.world_size)
+    device, precision = process.device, plan.precision
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    model = build_model(config, layout, process, precision)
+    optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
+    counters = Counters()
+    if plan.resume_from is not None:
+        counters = load_training_state(plan.resume_from, model, optimizer)
+    elif plan.init_from is not None:
+        load_weights(plan.init_from, model)
+    status.step = counters.step
+
+    share = config.data.global_batch_size // layout.data_parallel
+    rows = range(process.rank * share, (process.rank + 1) * share)
+    objective = OBJECTIVES[config.objective.kind]()
+    updater = Updater(
+        model,
+        optimizer,
+        objective,
+        layout,
+        device=device,
+        grad_clip=config.optimizer.grad_clip,
+        seed=config.run.seed,
+        rank=process.rank,
+        stop=stop,
+    )
+    run_dir = Path(config.run.dir)
+    checkpoints = CheckpointWriter(
+        run_dir, config.checkpoint, lambda folder: checkpoint_files(folder, config, plan), status.event
+    )
+    if plan.resume_from is not None:
+        checkpoints.saved_step = counters.step
+    metrics = None
+    if process.is_first:
+        metrics = MetricsLog(run_dir, config.metrics.sinks, resumed_step=counters.step)
+    peak = peak_flops(device, precision)
+    progress = Progress(
+        config.schedule.steps,
+        counters.step + 1,
+        log_every_steps=config.metrics.log_every_steps,
+        enabled=process.is_first,
+        peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s per device",
+    )
+    try:
+        yield Run(
+            config=config,
+            model=model,
+            optimizer=optimizer,
+            updater=updater,
+            data=TrainingData(
+                config.data,
+                seed=config.run.seed,
+                samples=config.samples,
+                cache_dir=plan.cache_dir,
+                vocab_size=config.model.vocab_size,
+            ),
+            validation=_validation(config, objective, layout, rows, device, stop),
+            checkpoints=checkpoints,
+            counters=counters,
+            rows=rows,
+            metrics=metrics,
+            progress=progress,
+            status=status,
+            stop=stop,
+            world_size=process.world_size,
+            flops_per_token=training_flops_per_token(model.flops(config.data.seq_len)),
+            peak_flops=peak,
+        )
+        checkpoints.close()
+    finally:
+        progress.close()
+        if metrics is not None:
+            metrics.close()
+
+
+def build_model(config: Config, layout: Layout, process: Process, precision: str) -> Model:
+    """The model with its initial weights, spread over the mesh. Collective."""
+    with torch.device("meta"):
+        model = Model(config.architecture)
+    if precision == "fp64":
+        model.double()
+    recompute_blocks(model, config.parallel.recompute)
+    if config.run.compile:
+        compile_blocks(model)
+    model = spread(model, build_mesh(layout, process.device_type), bf16=precision == "bf16")
+    initialise(model, config.run.seed, process.device)
+    return model
+
+
+def check_weights_fit(folder: Path, config: Config, key: str) -> list[str]:
+    """Whether the weights stored in `folder` are those of this model: a sentence for each tensor that differs."""
+    with torch.device("meta"):
+        model = Model(config.architecture)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return [f"{key}: {fault}" for fault in shape_faults(folder, wanted)]
+
+
+def _validation(
+    config: Config, objective: Any, layout: Layout, rows: range, device: torch.device, stop: StopRequest
+) -> Validation | None:
+    if config.data.validate_every_steps == 0:
+        return None
+    return Validation(
+        validation_sets(config.data, vocab_size=config.model.vocab_size),
+        objective,
+        layout,
+        batch_size=config.data.global_batch_size,
+        batches=config.data.validation_batches,
+        rows=rows,
+        device=device,
+        stop=stop,
+    )
