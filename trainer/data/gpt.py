@@ -42,7 +42,7 @@ class PackedDocuments(GPTDataset):
         last, last_offset = (int(value) for value in self.sample_index[sample + 1])
         for place in range(first, last + 1):
             document = int(self.document_index[place])
-            offset = 0
+            offset = first_offset if place == first else 0
             end = last_offset + 1 if place == last else int(self.dataset.sequence_lengths[document])
             yield Piece(document, offset, end - offset)
 
@@ -51,7 +51,7 @@ class _NoTokenizer:
     """Stands where Megatron asks for a tokenizer: nothing here depends on one."""
 
     vocab_size = None
-    unique_identifiers: dict[str, str] = {}  # noqa: RUF012
+    unique_identifiers: dict[str, str] = {}
 
 
 def open_packed(prefix: str, documents: range, *, samples: int, seq_len: int, seed: int, cache: str) -> PackedDocuments:
