@@ -7,9 +7,12 @@ tensors only: `.metadata` is read with an allow-list of types, and any other ent
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -59,6 +62,17 @@ class TensorReader(FileSystemReader):
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def read_tensors(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+    """Read the entries of `state` from a step folder, into the tensors that stand there, in whatever layout they are.
+
+    Collective, unless `alone`.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        # Without a process group, torch warns that it assumes what is said here.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, storage_reader=TensorReader(folder), no_dist=alone)
 
 
 def tensor_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:

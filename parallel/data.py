@@ -61,6 +61,17 @@ def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Put the parameters back into their shards after a forward without a backward.
+
+    FSDP2 leaves the outermost group gathered, for a backward that does not come; until the next one,
+    `named_parameters` would give tensors that the optimizer does not know.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gradient_divisor(model: nn.Module, data_parallel: int) -> int:
     """By how much the engine divides summed gradients (FSDP2 averages; gloo cannot be told otherwise)."""
     return data_parallel if isinstance(model, FSDPModule) else 1

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
-from model.shards import TensorReader
+from model.shards import read_tensors
 from model.stack import Model
 from trainer.config import CheckpointConfig
 
@@ -49,20 +49,16 @@ def training_state(model: Model, optimizer: torch.optim.Optimizer, counters: Cou
     return {"model": dict(model.named_parameters()), "optimizer": moments, "counters": counts}
 
 
-def load_training_state(
-    folder: Path, model: Model, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None
-) -> Counters:
+def load_training_state(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> Counters:
     """Read a step folder into the model and the optimizer, in whatever layout they are. Collective."""
     state = training_state(model, optimizer, Counters())
-    with torch.no_grad():
-        dcp.load(state, storage_reader=TensorReader(folder), process_group=group)
+    read_tensors(state, folder)
     return Counters(**{key: int(value) for key, value in state["counters"].items()})
 
 
-def load_weights(folder: Path, model: Model, group: dist.ProcessGroup | None = None) -> None:
+def load_weights(folder: Path, model: Model) -> None:
     """Read only the weights of a step folder into the model, in whatever layout it is. Collective."""
-    with torch.no_grad():
-        dcp.load({"model": dict(model.named_parameters())}, storage_reader=TensorReader(folder), process_group=group)
+    read_tensors({"model": dict(model.named_parameters())}, folder)
 
 
 class CheckpointWriter:
@@ -110,8 +106,13 @@ class CheckpointWriter:
         assert isinstance(response, Future)
         self.pending = self.background.submit(self._finish, response, partial, final, step, time.monotonic())
 
-    def wait(self) -> None:
-        """Until what was begun is durable, or has failed. Raises RuntimeError as `save` does."""
+    def wait(self, *, must_succeed: bool = False) -> None:
+        """Until what was begun is durable, or has failed.
+
+        Raises:
+            RuntimeError: it has failed, and either `checkpoint.on_failure` is "stop" or it had to succeed: a run that
+                ends without its last checkpoint has not ended well.
+        """
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -120,7 +121,7 @@ class CheckpointWriter:
         except Exception as error:
             self.report("checkpoint_failed", step=self.saved_step, reason=str(error))
             self.saved_step = None
-            if self.config.on_failure == "stop":
+            if must_succeed or self.config.on_failure == "stop":
                 raise RuntimeError(f"writing a checkpoint failed: {error}") from error
 
     def close(self) -> None:

@@ -52,9 +52,10 @@ def train(run: Run) -> Ending:
         if run.checkpoints.is_due(step):
             run.checkpoints.save(run.state(), step)
 
+    run.checkpoints.wait()
     if run.checkpoints.saved_step != counters.step:
         run.checkpoints.save(run.state(), counters.step)
-    run.checkpoints.wait()
+        run.checkpoints.wait(must_succeed=True)
     if counters.step >= config.schedule.steps:
         return "finished"
     return "preempted" if preempted else "stopped"

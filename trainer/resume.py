@@ -194,5 +194,6 @@ def checkpoint_files(folder: Path, config: Config, plan: Plan) -> dict[str, Any]
     (folder / "config.toml").write_text(config.to_toml())
     tokenizer = config.data.tokenizer or recorded_tokenizer(config.data.training_sources()[0].path)
     if tokenizer is not None:
+        (folder / "tokenizer").mkdir()
         load_tokenizer(tokenizer).copy_to(folder / "tokenizer")
     return {"data": plan.fingerprint, "precision": plan.precision}

@@ -26,8 +26,9 @@ from trainer.optimizer import build_optimizer
 from trainer.progress import Progress
 from trainer.resume import Plan, checkpoint_files
 from trainer.signals import StopRequest
-from trainer.status import Status
+from trainer.status import Status, write_json
 from trainer.step import Outcome, Updater
+from trainer.summary import summarise
 from trainer.throughput import peak_flops, training_flops_per_token
 from trainer.validation import Validation
 
@@ -136,7 +137,9 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     if plan.resume_from is not None:
         checkpoints.saved_step = counters.step
     metrics = None
+    flops_per_token = training_flops_per_token(model.flops(config.data.seq_len))
     if process.is_first:
+        write_json(run_dir / "summary.json", summarise(model, layout, process, precision, flops_per_token))
         metrics = MetricsLog(run_dir, config.metrics.sinks, resumed_step=counters.step)
     peak = peak_flops(device, precision)
     progress = Progress(
@@ -168,7 +171,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
             status=status,
             stop=stop,
             world_size=process.world_size,
-            flops_per_token=training_flops_per_token(model.flops(config.data.seq_len)),
+            flops_per_token=flops_per_token,
             peak_flops=peak,
         )
         checkpoints.close()

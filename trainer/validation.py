@@ -6,7 +6,7 @@ import torch
 
 from model.objective import Objective
 from model.stack import Model
-from parallel.data import sum_over_ranks
+from parallel.data import release_gathered, sum_over_ranks
 from parallel.mesh import Layout
 from trainer.data.evaluation import EvaluationData
 from trainer.signals import StopRequest
@@ -46,6 +46,7 @@ class Validation:
                     return None
                 sums[name] = found
         finally:
+            release_gathered(model)
             model.train()
         nats = sum(found[0] for found in sums.values())
         counted = sum(found[1] for found in sums.values())

@@ -108,7 +108,7 @@ def _decays(slopes_H: Tensor, length: int, chunk: int, documents: Tensor | None)
     to_end_TC = (edge_P[1:, None] - 1 - (edge_P[:-1, None] + row_C)).clamp(min=0)
     slopes = slopes_H[:, None, None, None]
     within = transfer(Boundaries(row_C, None), slopes_H).unsqueeze(2)
-    enter = torch.exp(-slopes * row_C[:, None])[None]
+    enter = torch.exp(-slopes * (row_C + 1)[:, None])[None]
     leave = torch.exp(-slopes * to_end_TC[..., None])[None]
     if documents is None:
         return _Decays(within, None, enter, leave, Boundaries(edge_P, None))

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from model.folders import find_checkpoint
 from model.settings import build_architecture
-from model.shards import TensorReader, shape_faults
+from model.shards import read_tensors, shape_faults
 from model.stack import Model
 
 
@@ -44,6 +43,5 @@ def load(
     if faults := shape_faults(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}):
         raise ValueError(" ".join(faults))
     model.to_empty(device=device)
-    with torch.no_grad():
-        dcp.load({"model": dict(model.named_parameters())}, storage_reader=TensorReader(folder), no_dist=True)
+    read_tensors({"model": dict(model.named_parameters())}, folder, alone=True)
     return model.to(dtype).eval(), config

@@ -326,6 +326,17 @@ def test_nothing_grows_faster_than_the_length(packed):
     assert kept[0] < 3 * heads * width + 2 and kept[1] <= kept[0]
 
 
+def test_operations_per_token_do_not_grow():
+    """Forward and backward, at four times the length: the states travel in groups, not through one big matrix."""
+    per_token = []
+    for length in (4096, 16384):
+        case = make_case(1, length, 16, 16, slopes=torch.tensor([0.5]), dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            run(lightning_attention, case)
+        per_token.append(counter.get_total_flops() / length)
+    assert per_token[1] < 1.01 * per_token[0]
+
+
 def test_declared_operations_are_counted_operations():
     """4 d e per token and head, on the recurrence, whatever the counter sees of the chunked form."""
     case = make_case(batch=2, length=9, key_width=4, value_width=6)

@@ -15,7 +15,6 @@ from tests.trainer.runs import (
     NotFinite,
     Signalled,
     assert_twins,
-    curve,
     events,
     status,
     stored,
@@ -38,7 +37,8 @@ def twins(pool: Pool, prefix: str, tmp_path_factory: pytest.TempPathFactory) -> 
     for world_size in (1, 2):
         folder = tmp_path_factory.mktemp(f"twin-{world_size}")
         config = write_config(folder, prefix, data={"validate_every_steps": 5, "validation_batches": 2})
-        assert all(code == 0 for code, _ in pool.run(train, world_size, config))
+        results = pool.run(train, world_size, config)
+        assert [code for code, _ in results] == [0] * world_size, "\n".join(said for _, said in results)
         found[world_size] = folder / "run"
     return found
 
@@ -51,7 +51,7 @@ def config(prefix: str, tmp_path: Path) -> Path:
 
 def resume(pool: Pool, world_size: int, config: Path, *overrides: str) -> None:
     results = pool.run(train, world_size, config, *overrides)
-    assert [code for code, _ in results] == [0] * world_size, results
+    assert [code for code, _ in results] == [0] * world_size, "\n".join(said for _, said in results)
 
 
 def test_the_uninterrupted_run(twins: dict[int, Path]) -> None:
@@ -60,7 +60,12 @@ def test_the_uninterrupted_run(twins: dict[int, Path]) -> None:
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     assert [record["tokens"] for record in records] == [step * 8 * 32 for step in range(1, 11)]
     assert [record["step"] for record in records if "val_loss" in record] == [5, 10]
-    assert status(twins[1]) == {"state": "finished", "step": 10, "checkpoint": "step-00000010", "reason": "all steps done"}
+    assert status(twins[1]) == {
+        "state": "finished",
+        "step": 10,
+        "checkpoint": "step-00000010",
+        "reason": "all steps done",
+    }
     assert [folder.name for folder in step_folders(twins[1])] == ["step-00000010", "step-00000008", "step-00000004"]
 
 
@@ -85,14 +90,16 @@ def test_stopped_at_steps_and_resumed(pool: Pool, twins: dict[int, Path], config
     assert_twins(run_dir, twins[world_size])
 
 
+# What is interrupted, on which rank, in which call of it, and after which step all stop. The ranks tell each other once
+# a step, after backward: a signal that comes later in a step ends the next one.
 PHASES = {
-    "while it is planned": ("trainer.resume", "make_plan", 0, 0),
-    "while the model is built": ("trainer.run", "build_optimizer", 1, 0),
-    "in the data": ("trainer.data.training", "TrainingData.batch", 1, 3),
-    "in forward": ("model.stack", "Model.forward", 1, 3),
-    "in the update": ("trainer.step", "clip_gradients", 0, 3),
-    "in validation": ("trainer.validation", "Validation._source_sums", 1, 5),
-    "in a save": ("trainer.checkpoint", "CheckpointWriter.save", 0, 5),
+    "while it is planned": ("trainer.resume", "make_plan", 0, 1, 0),
+    "while the model is built": ("trainer.run", "build_optimizer", 1, 1, 0),
+    "in the data": ("trainer.data.training", "TrainingData.batch", 1, 3, 3),
+    "in forward": ("model.stack", "Model.forward", 1, 3, 3),
+    "in the update": ("trainer.step", "clip_gradients", 0, 3, 4),
+    "in validation": ("trainer.validation", "Validation._source_sums", 1, 1, 5),
+    "in a save": ("trainer.checkpoint", "CheckpointWriter.save", 0, 1, 5),
 }
 
 
@@ -100,9 +107,8 @@ PHASES = {
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     pool: Pool, twins: dict[int, Path], config: Path, phase: str
 ) -> None:
-    module, name, rank, stopped_at = PHASES[phase]
+    module, name, rank, call, stopped_at = PHASES[phase]
     number = signal.SIGUSR1 if rank else signal.SIGTERM
-    call = 3 if 0 < stopped_at and phase not in ("in validation", "in a save") else 1
     results = pool.run(train, 2, config, patch=Signalled(number, rank, module, name, call))
     run_dir = config.parent / "run"
     assert [code for code, _ in results] == [0, 0], results
@@ -112,12 +118,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     assert len(read_metrics(run_dir)) == stopped_at if stopped_at else True
     assert newest_complete(run_dir)[0] == step_folder(run_dir, stopped_at)
     resume(pool, 2, config)
-    if phase != "in validation":
-        assert_twins(run_dir, twins[2])
-    else:  # the stop came before the validation of step 5 could end
-        missing = [record for record in curve(twins[2]) if record[0] != 5]
-        assert [record for record in curve(run_dir) if record[0] != 5] == missing
-        assert stored(run_dir, 10).keys() == stored(twins[2], 10).keys()
+    # A stop does not wait for a validation: where one was due after the last step, it is left out.
+    assert_twins(run_dir, twins[2], unvalidated=5 if stopped_at == 5 else None)
 
 
 def test_a_damaged_checkpoint_is_passed_over(pool: Pool, twins: dict[int, Path], config: Path) -> None:

@@ -1,0 +1,134 @@
+"""A trained model on held-out text: nats per token, perplexity and bits per byte, beside n-gram models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.folders import find_checkpoint
+from model.hf import load
+from model.objective import NextToken
+from model.settings import build
+from model.stack import Model
+from trainer.data.check import check_sources
+from trainer.data.config import DataConfig
+from trainer.data.evaluation import EvaluationData, validation_sets
+from trainer.data.sidecar import recorded_tokenizer
+from trainer.data.split import training_documents
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.ngram import NgramBaselines
+from trainer.step import loss_sum
+
+
+@dataclass
+class Score:
+    """A sum over counted tokens. `text_bytes` are the UTF-8 bytes behind them; None without a tokenizer."""
+
+    name: str
+    nats: float
+    tokens: int
+    text_bytes: int | None
+
+    def row(self) -> dict[str, Any]:
+        """What is shown and stored. Loss in nats per token; bits per byte is null without a tokenizer."""
+        loss = self.nats / max(self.tokens, 1)
+        bits = self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {
+            "name": self.name,
+            "nats_per_token": loss,
+            "bits_per_byte": bits,
+            "perplexity": perplexity,
+            "tokens": self.tokens,
+        }
+
+
+def total(name: str, scores: list[Score]) -> Score:
+    """Several sources as one."""
+    known = [score.text_bytes for score in scores]
+    text_bytes = None if None in known else sum(size for size in known if size is not None)
+    return Score(name, sum(s.nats for s in scores), sum(s.tokens for s in scores), text_bytes)
+
+
+def evaluate(
+    path: Path,
+    prefixes: list[str],
+    *,
+    baselines: bool = False,
+    batch_size: int = 8,
+    seq_len: int | None = None,
+    device: torch.device | str = "cpu",
+    allow_code: bool = False,
+) -> list[Score]:
+    """Score MODEL on datasets: each source, and their total when there are several.
+
+    Args:
+        prefixes: of prepared data; empty: what the run validates on.
+        baselines: also score n-gram models counted on the run's training data, on the same tokens.
+        seq_len: tokens in a row. Default: that of training.
+
+    Raises:
+        ValueError: a dataset that cannot be read, or was made with another tokenizer than the model's.
+    """
+    model, tables = load(path, device=device, allow_code=allow_code)
+    faults: list[str] = []
+    trained_on = build(DataConfig, "data", tables.get("data", {}), faults)
+    if trained_on is None:
+        raise ValueError(" ".join(faults))
+    config = replace(trained_on, seq_len=seq_len or trained_on.seq_len)
+    folder = find_checkpoint(path) / "tokenizer"
+    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    if prefixes:
+        config = replace(config, train=list(prefixes), validation=list(prefixes), split=None)
+        if tokenizer is not None:
+            config = replace(config, tokenizer=str(folder))
+        faults = check_sources(replace(config, seq_len=1), model.architecture.model.vocab_size)
+        if faults:
+            raise ValueError("\n".join(faults))
+    elif not (config.validation or config.split):
+        raise ValueError(f"{path} has no validation data of its own: give --data PREFIX.")
+    vocab_size = model.architecture.model.vocab_size
+    sources = validation_sets(config, vocab_size=vocab_size)
+    scores = [_score(name, model, source, tokenizer, batch_size) for name, source in sources.items()]
+    if len(scores) > 1:
+        scores.append(total("total", scores))
+    if baselines:
+        if tokenizer is None and (recorded := recorded_tokenizer(trained_on.training_sources()[0].path)):
+            tokenizer = load_tokenizer(recorded)
+        counted = NgramBaselines.count(training_documents(trained_on), vocab_size)
+        scores += _baseline_scores(counted, list(sources.values()), tokenizer, batch_size)
+    return scores
+
+
+@torch.no_grad()
+def _score(name: str, model: Model, data: EvaluationData, tokenizer: Tokenizer | None, batch_size: int) -> Score:
+    device = next(model.parameters()).device
+    nats, tokens = 0.0, 0
+    for index in range(data.num_batches(batch_size)):
+        batch = data.batch(index, range(batch_size), batch_size)
+        on_device = {key: None if tensor is None else tensor.to(device) for key, tensor in vars(batch).items()}
+        nats += loss_sum(model, NextToken(), replace(batch, **on_device)).item()
+        tokens += int(batch.counted.sum())
+    return Score(name, nats, tokens, None if tokenizer is None else data.counted_bytes(tokenizer))
+
+
+def _baseline_scores(
+    counted: NgramBaselines, sources: list[EvaluationData], tokenizer: Tokenizer | None, batch_size: int
+) -> list[Score]:
+    """The n-gram models on exactly the tokens that the model was scored on."""
+    sums = np.zeros(2)
+    tokens = 0
+    for data in sources:
+        for index in range(data.num_batches(batch_size)):
+            batch = data.batch(index, range(batch_size), batch_size)
+            pair = batch.tokens[batch.counted].numpy(), batch.targets[batch.counted].numpy()
+            sums += [part.sum() for part in counted.nats(*pair)]
+            tokens += int(batch.counted.sum())
+    text_bytes = None if tokenizer is None else sum(data.counted_bytes(tokenizer) for data in sources)
+    names = ("unigram", "bigram")
+    return [Score(name, float(nats), tokens, text_bytes) for name, nats in zip(names, sums, strict=True)]
