@@ -71,7 +71,7 @@ def check_files(folder: Path, *, hashes: bool) -> list[str]:
 
 def step_folders(run_dir: Path) -> Iterator[Path]:
     """The step folders of a run, newest first, complete or not (never `.partial` ones)."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if step_of(path) is not None]
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if step_of(path) is not None and path.is_dir()]
     yield from sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 

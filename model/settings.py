@@ -21,21 +21,29 @@ def _adapter(cls: type) -> Any:
 
 
 def build(cls: type[Settings], section: str, values: dict[str, Any], faults: list[str]) -> Settings | None:
-    """The dataclass `cls` from the table `[section]`; None, and sentences in `faults`, if something is wrong."""
+    """The dataclass `cls` from the table `[section]`; what is wrong with it is appended to `faults` in sentences.
+
+    A wrong value does not hide others: the key is left at its default and the rest is read, so that values can be
+    checked against each other all the same. None where a key without a default is missing or wrong.
+    """
     from pydantic import ValidationError
 
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = [key for key in values if key not in known]
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        faults.append(f"{section}.{key} is no key of [{section}]; the nearest known key is {section}.{near[0]}.")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            faults.append(f"{section}.{key} is no key of [{section}]; the nearest known key is {section}.{near[0]}.")
+    adapter: Any = _adapter(cls)  # type: ignore[arg-type]
+    values = {key: value for key, value in values.items() if key in known}
     try:
-        adapter: Any = _adapter(cls)  # type: ignore[arg-type]
-        built = adapter.validate_python({key: values[key] for key in values if key not in unknown})
+        return adapter.validate_python(values)
     except ValidationError as error:
         faults += [_sentence(section, fault) for fault in error.errors()]
+        wrong = {fault["loc"][0] for fault in error.errors()}
+    try:
+        return adapter.validate_python({key: value for key, value in values.items() if key not in wrong})
+    except ValidationError:
         return None
-    return None if unknown else built
 
 
 def _sentence(section: str, fault: Any) -> str:

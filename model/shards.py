@@ -1,7 +1,7 @@
 """Reading torch.distributed.checkpoint files without trusting them.
 
 The library pickles `.metadata` and every entry that is no tensor, and loads both without restriction. Ours hold
-tensors only: `.metadata` is read with an allow-list of types, and any other entry is refused.
+tensors only: `.metadata` is read with an allow-list of types, in which those of other entries are missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
@@ -53,12 +53,7 @@ class TensorReader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         with path.open("rb") as file:
             metadata = _TensorsOnly(file).load()
-        strange = [k for k, v in metadata.state_dict_metadata.items() if not isinstance(v, TensorStorageMetadata)]
-        if strange:
-            raise ValueError(f"{path} lists entries that are no tensors ({', '.join(strange[:5])}): refused.")
         if getattr(metadata, "storage_meta", None) is None:
-            from torch.distributed.checkpoint.metadata import StorageMeta
-
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

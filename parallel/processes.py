@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,11 @@ class Process:
 
     @property
     def device(self) -> torch.device:
-        import torch
-
         return torch.device("cuda", self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
 
 
 def this_process() -> Process:
     """Read from the environment; no process group is needed or made."""
-    import torch
-
     return Process(
         rank=int(os.environ.get("RANK", 0)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
@@ -51,9 +47,6 @@ def process_group(process: Process, timeout: timedelta = timedelta(minutes=10)) 
 
     CPU tensors travel by gloo; on GPUs, CUDA tensors by NCCL. A caller that has a group already keeps it.
     """
-    import torch
-    import torch.distributed as dist
-
     if dist.is_initialized():
         yield
         return
@@ -68,10 +61,49 @@ def process_group(process: Process, timeout: timedelta = timedelta(minutes=10)) 
         dist.destroy_process_group()
 
 
-def from_first_rank(value: Any) -> Any:
+def from_first_rank(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first rank's value, on every rank. Collective."""
-    import torch.distributed as dist
-
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def gathered_on_first_rank(value: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
+    """The values of all ranks, on the first one; None on the others. Collective."""
+    gathered = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered, group=group)
+    return gathered
+
+
+def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
+    """Until every rank is here. Collective."""
+    dist.barrier(group)
+
+
+def group_beside_training() -> dist.ProcessGroup:
+    """A gloo group of all ranks for collectives that run in another thread than training's. Collective."""
+    return dist.new_group(backend="gloo")
+
+
+def first_process_first(build: Callable[[], None]) -> None:
+    """Run `build` on the first process, and return on all of them when it is done.
+
+    Without a process group, or alone, it just runs. Collective otherwise.
+
+    Raises:
+        ValueError: on every other process when the first one failed, so that none waits for ever.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        build()
+        return
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            build()
+        except Exception as fault:
+            failure = fault
+    said = from_first_rank(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise ValueError(f"the first process failed: {said}")

@@ -24,6 +24,7 @@ from torch import Tensor
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
 from model.shards import read_tensors
 from model.stack import Model
+from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training, wait_for_all
 from trainer.config import CheckpointConfig
 
 
@@ -78,7 +79,7 @@ class CheckpointWriter:
     ):
         self.run_dir, self.config, self.describe, self.report = run_dir, config, describe, report
         # A group of its own: these collectives run beside those of training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = group_beside_training()
         self.background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
         self.saved_step: int | None = None
@@ -101,7 +102,7 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier(self.group)
+        wait_for_all(self.group)
         response = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
         assert isinstance(response, Future)
         self.pending = self.background.submit(self._finish, response, partial, final, step, time.monotonic())
@@ -138,19 +139,17 @@ class CheckpointWriter:
             described = describe_files(partial, sorted(partial.glob(f"__{rank}_*.distcp")))
         except OSError as error:
             described = f"rank {rank}: {error}"
-        gathered: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
-        dist.gather_object(described, gathered, group=self.group)
-        outcome: list[str | None] = [None]
+        gathered = gathered_on_first_rank(described, self.group)
+        failure = None
         if gathered is not None:
             try:
                 self._complete(gathered, partial, final, step)
                 self.report("checkpoint_durable", step=step, seconds=round(time.monotonic() - begun, 3))
             except OSError as error:
-                outcome = [str(error)]
+                failure = str(error)
         # All ranks agree on how it ended, so that all go on or all stop.
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if outcome[0] is not None:
-            raise RuntimeError(outcome[0])
+        if (failure := from_first_rank(failure, self.group)) is not None:
+            raise RuntimeError(failure)
 
     def _complete(self, gathered: list[dict[str, Any] | str], partial: Path, final: Path, step: int) -> None:
         if failures := [part for part in gathered if isinstance(part, str)]:

@@ -1,4 +1,4 @@
-"""`headway train CONFIG` in which rank 1 kills itself in the CALL-th call of a method: killed_rank.py CONFIG NAME CALL."""
+"""`headway train CONFIG` in which rank 1 kills itself in the CALL-th call of NAME: killed_rank.py CONFIG NAME CALL."""
 
 import importlib
 import os

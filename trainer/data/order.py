@@ -45,32 +45,6 @@ def ensure(folder: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def first_process_first(build: Callable[[], None]) -> None:
-    """Run `build` on the first process, and return on all of them when it is done.
-
-    With a process group this is a collective of all its processes. Raises ValueError on every one of them when the
-    first one failed, so that none waits for ever.
-    """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        build()
-        return
-    outcome: list[str | None] = [None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            build()
-        except Exception as fault:
-            failure = fault
-            outcome = [f"{type(fault).__name__}: {fault}"]
-    dist.broadcast_object_list(outcome, src=0)
-    if failure is not None:
-        raise failure
-    if outcome[0] is not None:
-        raise ValueError(f"the first process could not lay down the order of the samples ({outcome[0]}).")
-
-
 def wait_for(folder: Path, seconds: float = SECONDS_TO_APPEAR) -> None:
     """Wait until a folder that another process has written is seen here; network file systems take their time.
 

@@ -11,7 +11,7 @@ from trainer.data.batch import Batch, assemble, check_rows
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import open_pair
 from trainer.data.lazy import megatron
-from trainer.data.order import ensure, first_process_first, order_folder, wait_for
+from trainer.data.order import ensure, order_folder, wait_for
 from trainer.data.sidecar import file_sha256
 from trainer.data.split import training_range
 
@@ -47,6 +47,8 @@ class TrainingData:
         blend_folder = order_folder(
             cache, "blend", weights=[float(source.weight) for source in self._sources], samples=samples
         )
+        from parallel.processes import first_process_first
+
         first_process_first(lambda: self._lay_down(blend_folder, cache, seed))
         self._blend = _open_blend(blend_folder)
         counts = np.bincount(self._blend[0], minlength=len(self._sources)).tolist()

@@ -1,0 +1,198 @@
+"""Reading the project's documents, and the tables in them that are made from the code.
+
+    python -m tests.documents
+
+writes those tables anew. They stand between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+TABLE = re.compile(r"<!-- table: (?P<name>[^>]+) -->\n(?P<body>.*?)<!-- end of table -->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the words behind its first fence, its text, and the line it begins on."""
+
+    words: tuple[str, ...]
+    text: str
+    line: int
+
+    @property
+    def target(self) -> str | None:
+        """The PATH of a `file=PATH` or `line=PATH` block."""
+        return next((word.split("=", 1)[1] for word in self.words if word.startswith(("file=", "line="))), None)
+
+
+def documents() -> list[Path]:
+    """Every Markdown file of the project."""
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced blocks of a document, in order."""
+    for found in FENCE.finditer(text):
+        yield Block(tuple(found[1].split()), found[2], text.count("\n", 0, found.start()) + 1)
+
+
+def prose(text: str) -> str:
+    """A document without its fenced blocks and inline code."""
+    return INLINE_CODE.sub("", FENCE.sub("", text))
+
+
+def code(text: str) -> Iterator[str]:
+    """Everything a reader might type: shell blocks, with continued lines joined, and inline code."""
+    for block in blocks(text):
+        if block.words[:1] == ("bash",):
+            yield from block.text.replace("\\\n", " ").splitlines()
+    yield from (found[1] for found in INLINE_CODE.finditer(FENCE.sub("", text)))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    found: dict[str, int] = {}
+    result = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", FENCE.sub("", text), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        count = found.get(slug, 0)
+        found[slug] = count + 1
+        result.add(f"{slug}-{count}" if count else slug)
+    return result
+
+
+def sections() -> dict[str, Any]:
+    """Section -> its dataclass, in the order in which docs/configuration.md has them; layers of one class together."""
+    from model.config import ModelConfig, find_layer
+    from model.feedforward import FEEDFORWARDS
+    from model.mixers import MIXERS
+    from trainer.config import SECTIONS
+    from trainer.data.config import DataSource
+
+    layers: dict[Any, list[str]] = {}
+    for section, registry in (("mixers", MIXERS), ("feedforwards", FEEDFORWARDS)):
+        for kind in registry:
+            config = find_layer(section, kind, kind, allow_code=False).Config
+            layers.setdefault(config, []).append(f"{section}.{kind}")
+    named = {" ".join(names): config for config, names in layers.items()}
+    rest = {name: cls for name, cls in SECTIONS.items() if name != "run"}
+    return {"run": SECTIONS["run"], "model": ModelConfig} | named | rest | {"data source": DataSource}
+
+
+def table(name: str) -> str:
+    """The table of that name, as it should stand."""
+    if name == "presets":
+        return presets_table()
+    return keys_table(sections()[name])
+
+
+def keys_table(cls: Any) -> str:
+    """A row for each key: type, default, and the docstring under it."""
+    hints, meanings = typing.get_type_hints(cls), field_docstrings(cls)
+    rows = [("key", "type", "default", "meaning"), ("---",) * 4]
+    for field in dataclasses.fields(cls):
+        meaning = meanings[field.name].replace("|", "\\|")
+        rows.append((f"`{field.name}`", type_name(hints[field.name]), default_of(field), meaning))
+    return _lines(rows)
+
+
+def _lines(rows: Sequence[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def default_of(field: Any) -> str:
+    """A field's default as TOML would have it."""
+    made = field.default_factory
+    value = field.default if made is dataclasses.MISSING else made()
+    if value is dataclasses.MISSING:
+        return "required"
+    return "not set" if value is None else f"`{json.dumps(value)}`"
+
+
+def type_name(hint: Any) -> str:
+    """A type in words."""
+    plain = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    if hint in plain:
+        return plain[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(type_name(part) for part in arguments if part is not type(None))
+    if origin is list:
+        return f"list of {type_name(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}: {', '.join(map(type_name, arguments))}"
+    if dataclasses.is_dataclass(hint):
+        return "table of " + ", ".join(f"`{field.name}`" for field in dataclasses.fields(hint))
+    raise TypeError(f"docs/configuration.md has no word for {hint}")
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """Field -> the string that stands under it in the class, or in the class that it inherits the field from."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, under in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(under, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                assert isinstance(under.value, ast.Constant)
+                found[field.target.id] = " ".join(str(under.value.value).split())
+    return found
+
+
+def presets_table() -> str:
+    """A row for each of configs/: what it is made of, and how many parameters a model built from it has."""
+    import torch
+
+    from model.stack import Model
+    from trainer.config import load_config
+
+    rows = [("preset", "mixers", "feed-forward", "layers", "width", "vocabulary", "seq_len", "parameters")]
+    rows.append(("---", "---", "---", "--:", "--:", "--:", "--:", "--:"))
+    for path in sorted((ROOT / "configs").glob("*.toml")):
+        config = load_config(path)
+        with torch.device("meta"):
+            model = Model(config.architecture)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        m, names = config.model, config.architecture.feedforward_names
+        numbers = (m.num_layers, m.d_model, m.vocab_size, config.data.seq_len, count)
+        link = f"[`{path.name}`](../configs/{path.name})"
+        rows.append((link, ", ".join(m.pattern), ", ".join(dict.fromkeys(names)), *(f"{n:,}" for n in numbers)))
+    return _lines(rows)
+
+
+def with_tables(text: str) -> str:
+    """A document with its tables made anew."""
+    return TABLE.sub(
+        lambda found: f"<!-- table: {found['name']} -->\n{table(found['name'])}<!-- end of table -->", text
+    )
+
+
+if __name__ == "__main__":
+    for document in documents():
+        before = document.read_text()
+        if (after := with_tables(before)) != before:
+            document.write_text(after)
+            print(f"{name_of(document)}: tables written", file=sys.stderr)

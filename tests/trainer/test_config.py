@@ -1,0 +1,184 @@
+"""Configuration: typed, strict, and refused with every fault at once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.runs import write_config
+from trainer.config import Config, Refused, ScheduleConfig, config_from_tables, load_config
+from trainer.optimizer import build_optimizer, learning_rate
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_config(tmp_path, "data/none")
+
+
+def refusal(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(Refused) as caught:
+        load_config(path, overrides)
+    return caught.value.faults
+
+
+def test_a_resolved_configuration_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    again = tmp_path / "again.toml"
+    again.write_text(config.to_toml())
+    assert load_config(again).tables() == config.tables()
+    assert config.tables()["data"]["samples"] == 80
+    assert config.tables()["mixers"]["lightning"]["kind"] == "lightning"
+
+
+def test_overrides_are_typed(path: Path) -> None:
+    config = load_config(
+        path,
+        [
+            *("--schedule.steps", "20", "--optimizer.lr=3e-3", "--run.compile", "true", "--run.dir", "some/where"),
+            *("--model.pattern", '["softmax"]', "--mixers.softmax.num-heads", "4", "--run.freeze", "embedding.*"),
+            *("--run.allow_change", "optimizer.lr", "--run.allow_change", "data.seq_len"),
+            *("--optimizer.betas", "[0.8, 0.9]", "--mixers.second.kind", "softmax", "--mixers.second.num_heads", "2"),
+        ],
+    )
+    assert (config.schedule.steps, config.optimizer.lr, config.run.compile) == (20, 3e-3, True)
+    assert config.run.dir == "some/where"
+    assert config.model.pattern == ["softmax"]
+    assert config.architecture.mixers["softmax"][1].num_heads == 4
+    assert config.run.freeze == ["embedding.*"]
+    assert config.run.allow_change == ["optimizer.lr", "data.seq_len"]
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.architecture.mixers["second"][1].num_heads == 2
+
+
+def test_unknown_keys_name_the_nearest(path: Path) -> None:
+    faults = refusal(path, "--optimizer.learning_rate", "1", "--shedule.steps", "3", "--mixers.softmax.num_head", "2")
+    assert "optimizer.learning_rate is no key of [optimizer]; the nearest known key is optimizer." in faults[1]
+    assert "[shedule] is no section; the nearest known section is [schedule]." in faults
+    assert any("the nearest known key is mixers.softmax.num_heads" in fault for fault in faults)
+
+
+def test_all_faults_come_at_once(path: Path) -> None:
+    faults = refusal(
+        path,
+        *("--run.precision", "fp8", "--run.stop_at_step", "0", "--model.d_model", "wide", "--data.split", "[0.9, 0.2]"),
+        *("--optimizer.betas", "[0.9, 1.0]", "--schedule.steps", "-1", "--checkpoint.keep_last", "0"),
+        *("--mixers.softmax.num_heads", "many", "--feedforwards.swiglu.kind", "swigloo", "--metrics.sinks", "[]"),
+    )
+    for key in (
+        "run.precision",
+        "run.stop_at_step",
+        "model.d_model",
+        "data.split",
+        "optimizer.betas",
+        "schedule.steps",
+        "checkpoint.keep_last",
+        "mixers.softmax.num_heads",
+        "feedforwards.swiglu",
+        "metrics.sinks",
+    ):
+        assert any(key in fault for fault in faults), key
+    assert all(fault.endswith((".", ")")) for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--model.pattern", '["lightning*3", "softmax"]'], ["covers 4 layers", "num_layers = 2", "num_layers = 4"]),
+        (["--model.pattern", '["lightnin"]'], ["'lightnin'", "defined: lightning, softmax"]),
+        (["--mixers.softmax.num_kv_heads", "3"], ["num_kv_heads = 3", "nearest that does is 2"]),
+        (["--mixers.lightning.num_heads", "3"], ["num_heads = 3", "d_model = 16", "num_heads = 2"]),
+        (["--model.positions", "learned"], ["needs model.max_positions"]),
+        (["--model.positions", "learned", "--model.max_positions", "8"], ["seq_len = 32", "max_positions = 8"]),
+        (["--feedforwards.other.kind", "sglu", "--feedforwards.other.d_ff", "8"], ["feedforward_pattern is missing"]),
+        (["--mixers.softmax.kind", "no.such.module:Thing"], ["cannot be imported"]),
+        (["--mixers.softmax.kind", "collections:OrderedDict"], ["no subclass of model.layer.Mixer"]),
+        (["schedule.steps", "3"], ["is no override", "--section.key VALUE"]),
+        (["--schedule.steps"], ["has no value"]),
+        (["--data", "3"], ["is no override"]),
+    ],
+)
+def test_faults_say_what_would_work(path: Path, overrides: list[str], words: list[str]) -> None:
+    said = " ".join(refusal(path, *overrides))
+    for word in words:
+        assert word in said
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[run\n")
+    assert "is not TOML" in refusal(broken)[0]
+    assert "Did you mean configs/quickstart.toml?" in refusal(tmp_path / "quickstrt.toml")[0]
+
+
+def test_code_in_a_checkpoints_configuration_needs_permission(path: Path) -> None:
+    import tomllib
+
+    tables = tomllib.loads(path.read_text())
+    tables["mixers"]["softmax"]["kind"] = "model.mixers.softmax:Softmax"
+    with pytest.raises(Refused, match="--allow-code"):
+        config_from_tables(tables, allow_code=False)
+    assert config_from_tables(tables, allow_code=True)
+
+
+def test_a_warm_up_longer_than_the_run_is_clipped_with_a_warning(path: Path) -> None:
+    config = load_config(path, ["--schedule.warmup_steps", "50"])
+    assert config.schedule.warmup_steps == 10
+    assert "clipped to 10" in config.warnings[0]
+
+
+def test_learning_rates() -> None:
+    cosine = ScheduleConfig(steps=100, warmup_steps=10, kind="cosine", final_lr_fraction=0.1)
+    assert [learning_rate(step, 1.0, cosine) for step in (1, 5, 10, 55, 100)] == pytest.approx([0.1, 0.5, 1, 0.55, 0.1])
+    linear = ScheduleConfig(steps=100, warmup_steps=0, kind="linear", final_lr_fraction=0.0)
+    assert [learning_rate(step, 2.0, linear) for step in (50, 100)] == pytest.approx([1.0, 0.0])
+    wsd = ScheduleConfig(steps=100, warmup_steps=10, kind="wsd", final_lr_fraction=0.0, decay_fraction=0.2)
+    assert [learning_rate(step, 1.0, wsd) for step in (10, 50, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_decay_is_for_matrices_only(path: Path) -> None:
+    from model.stack import Model
+
+    config: Config = load_config(path, ["--model.bias", "true"])
+    model = Model(config.architecture)
+    optimizer = build_optimizer(model, config.optimizer, frozen=["layers.1.*"])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
+    assert "layers.0.mixer.lrpe.theta" in groups[0.0]
+    assert "layers.0.feedforward.up.bias" in groups[0.0]
+    assert "final_norm.weight" in groups[0.0]
+    assert {"embedding.weight", "layers.0.mixer.q.weight", "head.weight"} <= groups[0.1]
+    assert not [name for group in groups.values() for name in group if name.startswith("layers.1.")]
+    assert not model.layers["1"].mixer.q.weight.requires_grad
+
+
+def test_patterns_that_freeze_nothing_or_everything_are_refused(path: Path) -> None:
+    from model.stack import Model
+
+    config = load_config(path)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        build_optimizer(Model(config.architecture), config.optimizer, frozen=["layer.0.*"])
+    with pytest.raises(ValueError, match="leaves no parameter"):
+        build_optimizer(Model(config.architecture), config.optimizer, frozen=["*"])
+
+
+def test_the_optimizer_is_adamw_by_its_formula() -> None:
+    from trainer.config import OptimizerConfig
+
+    class One(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
+
+    model = One()
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5), [])  # type: ignore[arg-type]
+    value, first, second = 2.0, 0.0, 0.0
+    for step, gradient in enumerate((0.3, -0.2), start=1):
+        model.weight.grad = torch.full((1, 1), gradient, dtype=torch.float64)
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient**2
+        value -= 0.1 * 0.5 * value
+        value -= 0.1 * (first / (1 - 0.8**step)) / (math.sqrt(second / (1 - 0.9**step)) + 1e-3)
+    assert model.weight.item() == pytest.approx(value, rel=1e-6)
