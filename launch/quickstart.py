@@ -33,9 +33,9 @@ TEXT_FILES, TEXT_BYTES = 42, 5_057_198
 def main() -> int:
     """Run all steps; returns an exit code."""
     began = time.monotonic()
-    run_dir = Path(tomllib.loads(CONFIG.read_text())["run"]["dir"])
-    steps = tomllib.loads(CONFIG.read_text())["schedule"]["steps"]
-    processes = _processes()
+    config = tomllib.loads(CONFIG.read_text())
+    run_dir, steps = Path(config["run"]["dir"]), config["schedule"]["steps"]
+    processes = _processes(config["data"]["global_batch_size"])
 
     _say(2, f"fetch Shakespeare into {TEXTS}/")
     fetch_corpus()
@@ -127,11 +127,12 @@ def _check_texts(folder: Path) -> None:
         )
 
 
-def _processes() -> int:
-    """One for each GPU, or two on CPUs."""
+def _processes(batch_size: int) -> int:
+    """One for each GPU, or two on CPUs; as many as cut the batch into equal parts."""
     import torch
 
-    return torch.cuda.device_count() or 2
+    found = torch.cuda.device_count() or 2
+    return next(count for count in range(found, 0, -1) if batch_size % count == 0)
 
 
 def _train(processes: int, *overrides: str) -> None:

@@ -22,7 +22,7 @@ from trainer.data.sidecar import recorded_tokenizer
 from trainer.data.split import training_documents
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.ngram import NgramBaselines
-from trainer.step import loss_sum
+from trainer.step import loss_sum, micro_batches
 
 
 @dataclass
@@ -94,41 +94,48 @@ def evaluate(
         raise ValueError(f"{path} has no validation data of its own: give --data PREFIX.")
     vocab_size = model.architecture.model.vocab_size
     sources = validation_sets(config, vocab_size=vocab_size)
-    scores = [_score(name, model, source, tokenizer, batch_size) for name, source in sources.items()]
+    scores = [
+        _score(name, model, source, _text_bytes(source, tokenizer, config), batch_size)
+        for name, source in sources.items()
+    ]
     if len(scores) > 1:
         scores.append(total("total", scores))
     if baselines:
         if tokenizer is None and (recorded := recorded_tokenizer(trained_on.training_sources()[0].path)):
             tokenizer = load_tokenizer(recorded)
         counted = NgramBaselines.count(training_documents(trained_on), vocab_size)
-        scores += _baseline_scores(counted, list(sources.values()), tokenizer, batch_size)
+        text_bytes = [_text_bytes(source, tokenizer, config) for source in sources.values()]
+        scores += _baseline_scores(counted, list(sources.values()), text_bytes, batch_size)
     return scores
 
 
 @torch.no_grad()
-def _score(name: str, model: Model, data: EvaluationData, tokenizer: Tokenizer | None, batch_size: int) -> Score:
+def _score(name: str, model: Model, data: EvaluationData, text_bytes: int | None, batch_size: int) -> Score:
     device = next(model.parameters()).device
     nats, tokens = 0.0, 0
     for index in range(data.num_batches(batch_size)):
-        batch = data.batch(index, range(batch_size), batch_size)
-        on_device = {key: None if tensor is None else tensor.to(device) for key, tensor in vars(batch).items()}
-        nats += loss_sum(model, NextToken(), replace(batch, **on_device)).item()
+        (batch,) = micro_batches(data.batch(index, range(batch_size), batch_size), 1, device)
+        nats += loss_sum(model, NextToken(), batch).item()
         tokens += int(batch.counted.sum())
-    return Score(name, nats, tokens, None if tokenizer is None else data.counted_bytes(tokenizer))
+    return Score(name, nats, tokens, text_bytes)
+
+
+def _text_bytes(data: EvaluationData, tokenizer: Tokenizer | None, config: DataConfig) -> int | None:
+    return None if tokenizer is None else data.counted_bytes(tokenizer, end_token=config.end_token)
 
 
 def _baseline_scores(
-    counted: NgramBaselines, sources: list[EvaluationData], tokenizer: Tokenizer | None, batch_size: int
+    counted: NgramBaselines, sources: list[EvaluationData], text_bytes: list[int | None], batch_size: int
 ) -> list[Score]:
     """The n-gram models on exactly the tokens that the model was scored on."""
-    sums = np.zeros(2)
-    tokens = 0
-    for data in sources:
+    found: dict[str, list[Score]] = {"unigram": [], "bigram": []}
+    for data, size in zip(sources, text_bytes, strict=True):
+        sums, tokens = np.zeros(2), 0
         for index in range(data.num_batches(batch_size)):
             batch = data.batch(index, range(batch_size), batch_size)
             pair = batch.tokens[batch.counted].numpy(), batch.targets[batch.counted].numpy()
             sums += [part.sum() for part in counted.nats(*pair)]
             tokens += int(batch.counted.sum())
-    text_bytes = None if tokenizer is None else sum(data.counted_bytes(tokenizer) for data in sources)
-    names = ("unigram", "bigram")
-    return [Score(name, float(nats), tokens, text_bytes) for name, nats in zip(names, sums, strict=True)]
+        for name, nats in zip(found, sums, strict=True):
+            found[name].append(Score(name, float(nats), tokens, size))
+    return [total(name, scores) for name, scores in found.items()]

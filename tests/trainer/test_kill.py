@@ -100,6 +100,41 @@ def test_a_killed_rank_ends_the_others_and_the_run_continues(pool: Pool, tmp_pat
     assert_twins(run_dir, tmp_path / "twin" / "run")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_under_torchrun_ends_it_within_30_seconds(tmp_path: Path, number: signal.Signals) -> None:
+    config = write_config(tmp_path, write_tokens(tmp_path / "walk"), schedule={"steps": 20_000})
+    run_dir = tmp_path / "run"
+    torchrun = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "trainer", "train", str(config)),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 3:
+            assert time.monotonic() < deadline, "training did not begin"
+            assert torchrun.poll() is None, "training ended by itself"
+            time.sleep(0.1)
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        ranks = [int(child) for child in children if b"trainer" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        os.kill(ranks[-1], number)
+        assert torchrun.wait(timeout=30) == 0
+    finally:
+        if torchrun.poll() is None:
+            torchrun.kill()
+    found = status(run_dir)
+    assert found["state"] == "preempted"
+    assert found["checkpoint"] == f"step-{found['step']:08d}"
+    assert len(read_metrics(run_dir)) == found["step"]
+    assert newest_complete(run_dir)[0] == step_folder(run_dir, found["step"])
+
+
 def test_the_console_command_refuses_in_sentences(tmp_path: Path) -> None:
     code, said = headway("train", str(tmp_path / "none.toml"))
     assert code == 2
