@@ -44,9 +44,9 @@ class SGLU(FeedForward):
         "down.bias": "replicate",
     }
     hf: ClassVar[Mapping[str, HFName]] = {
-        "gate.weight": "channel_mixer.l1.weight",
-        "up.weight": "channel_mixer.l2.weight",
-        "down.weight": "channel_mixer.l3.weight",
+        f"{ours}.{kind}": f"channel_mixer.{theirs}.{kind}"
+        for ours, theirs in (("gate", "l1"), ("up", "l2"), ("down", "l3"))
+        for kind in ("weight", "bias")
     }
 
     def __init__(self, config: GatedConfig, site: Site):

@@ -120,13 +120,13 @@ class Softmax(Mixer):
         if cache is not None:
             k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
         k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd)
-        mask = ctx.shared[self._mask]
+        mask, is_causal = ctx.shared[self._mask]
         out_BHNd = F.scaled_dot_product_attention(
             q_BNHd.transpose(1, 2),
             k_BMGd.transpose(1, 2),
             v_BMGd.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None and ctx.causal and q_BNHd.shape[1] > 1,
+            is_causal=is_causal,
             enable_gqa=q_BNHd.shape[2] != k_BMGd.shape[2],
         )
         out_BNHd = gate_heads(out_BHNd.transpose(1, 2), head_gate)
@@ -163,14 +163,17 @@ class Softmax(Mixer):
         return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim
 
 
-def attention_mask(ctx: Context, window: int | None) -> Tensor | None:
-    """Which of the M keys each of the N queries sees: bool `[B or 1, 1, N, M]`, or None where plain causal (or full)
-    attention says it all, so that torch may take its fastest path."""
+def attention_mask(ctx: Context, window: int | None) -> tuple[Tensor | None, bool]:
+    """Which of the M keys each of the N queries sees, as torch's fused attention wants it: (mask, is_causal).
+
+    The mask is bool `[B or 1, 1, N, M]`; None where plain causal (or full) attention says it all, so that torch may
+    take its fastest path. Decided outside of the blocks, since inside compiled ones N may be symbolic.
+    """
     n = ctx.positions.shape[1]
     m = ctx.first_index + n
     only_new = ctx.first_index == 0 or (n == 1 and ctx.causal)
     if ctx.documents is None and window is None and only_new:
-        return None
+        return None, ctx.causal and n > 1
     queries = torch.arange(ctx.first_index, m, device=ctx.positions.device)[:, None]
     keys = torch.arange(m, device=ctx.positions.device)[None, :]
     seen = (keys <= queries) if ctx.causal else torch.ones_like(keys <= queries)
@@ -182,7 +185,7 @@ def attention_mask(ctx: Context, window: int | None) -> Tensor | None:
     if ctx.documents is not None:
         key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents
         seen = seen & (ctx.documents[:, :, None] == key_documents[:, None, :])
-    return seen[:, None]
+    return seen[:, None], False
 
 
 def _remember(cache: dict[str, Any], k_BNGd: Tensor, v_BNGd: Tensor) -> tuple[Tensor, Tensor]:
