@@ -6,12 +6,13 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test check mutations format clean
 
 help:
 	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report"
 	@echo "make test                    the tests (CPU, no network, at most 15 minutes on 2 cores)"
 	@echo "make check                   format, lint, types, floors, links"
+	@echo "make mutations               plant faults in copies of the code and see the tests fail (some minutes)"
 	@echo "make format                  mend the format"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -37,6 +38,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest tests/test_documents.py
+
+mutations: install
+	$(BIN)/python tests/mutations.py
 
 format: install
 	$(BIN)/ruff format .

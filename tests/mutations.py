@@ -147,12 +147,12 @@ FAULTS = [
         [RESUME],
     ),
     Fault(
-        "the manifest is written before the shards are hashed",
+        "the older checkpoint is deleted before the newer one is complete",
         "trainer/checkpoint.py",
         [
             (
-                "        response = dcp.async_save",
-                "        os.replace(partial, final) if dist.get_rank() == 0 else None\n        response = dcp.async_save",
+                "        self.wait()\n        self.saved_step",
+                "        self.wait()\n        [shutil.rmtree(f) for f in step_folders(self.run_dir)]\n        self.saved_step",
             )
         ],
         ["tests/trainer/test_kill.py"],
