@@ -169,7 +169,8 @@ def presets_table() -> str:
     from model.stack import Model
     from trainer.config import load_config
 
-    rows = [("preset", "mixers", "feed-forward", "layers", "width", "vocabulary", "seq_len", "parameters")]
+    head = ("preset", "mixers", "feed-forward", "layers", "width", "vocabulary", "seq_len", "parameters")
+    rows: list[tuple[str, ...]] = [head]
     rows.append(("---", "---", "---", "--:", "--:", "--:", "--:", "--:"))
     for path in sorted((ROOT / "configs").glob("*.toml")):
         config = load_config(path)

@@ -14,7 +14,6 @@ LIBRARIES = {
     "megatron-core": "needed: indexed datasets",
     "sentencepiece": "needed: tokenizers",
     "transformers": "needed: tokenizers",
-    "datasets": "needed: raw data",
     "triton": "extra gpu: kernels",
     "deepspeed": "extra deepspeed",
     "lm-eval": "extra eval",
