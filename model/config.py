@@ -17,11 +17,11 @@ from model.registry import find
 class ModelConfig:
     """`[model]`"""
 
-    d_model: int = 0
+    d_model: int
     """Width of the residual stream."""
-    num_layers: int = 0
+    num_layers: int
     """Blocks, each a mixer and a feed-forward."""
-    vocab_size: int = 0
+    vocab_size: int
     """Tokens; the tokenizer may have fewer, not more."""
     pattern: list[str] = field(default_factory=lambda: ["softmax"])
     """Mixer names layer by layer, "name*7" for seven; repeated until num_layers is reached."""
@@ -48,7 +48,7 @@ class ModelConfig:
     init_depth_scaled: bool = False
     """Output projections start smaller by sqrt(2 num_layers)."""
     init_from: str | None = None
-    """A run, step or Hugging Face folder whose weights are the initial ones."""
+    """A run or step folder whose weights are the initial ones; [model] may then be left out."""
 
 
 @dataclass

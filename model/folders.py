@@ -93,7 +93,7 @@ def find_checkpoint(path: Path) -> Path:
         ValueError: nothing there, or nothing complete.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist: expected a run folder, a step folder or a Hugging Face folder.")
+        raise ValueError(f"{path} does not exist: expected a run folder or a step folder.")
     if step_of(path) is not None:
         if faults := check_files(path, hashes=True):
             raise ValueError(" ".join(faults))

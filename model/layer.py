@@ -56,6 +56,8 @@ class Layer(nn.Module):
     """A mixer or a feed-forward.
 
     Attributes:
+        Config: the layer's settings, a dataclass; a mixer's has `num_heads`. It may have `faults(d_model)`, sentences
+            about settings that cannot be built, and `tensor_parallel_units()`, what tp must divide.
         sharding: parameter (or buffer) name -> how tensor parallelism cuts it.
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
         no_decay: names of matrices that weight decay must leave alone.

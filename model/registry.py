@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 
 from model.layer import FeedForward, Layer, Mixer
 
@@ -26,6 +28,9 @@ def find(kind: str, registry: dict[str, str], what: str, *, allow_code: bool) ->
             "pass --allow-code if you trust it."
         )
     base = Mixer if what == "mixer" else FeedForward
+    if os.getcwd() not in sys.path:
+        # `python -m trainer` looks in the current folder, and so must `headway`; last, so that it hides nothing.
+        sys.path.append(os.getcwd())
     try:
         found = _load(kind)
     except (ImportError, AttributeError) as error:

@@ -29,6 +29,6 @@ class ParallelConfig:
     pp_schedule: Literal["1f1b", "interleaved1f1b", "zbv"] = "1f1b"
     """Order of forward and backward in a pipeline."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping: nothing, all but matrix products, or everything."""
+    """What backward computes again: nothing, all but linear maps and fused attention, or everything."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """What carries data parallelism."""

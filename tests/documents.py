@@ -7,19 +7,14 @@ writes those tables anew. They stand between `<!-- table: NAME -->` and `<!-- en
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import json
 import re
 import sys
-import textwrap
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trainer.describe import keys, sections
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -81,24 +76,6 @@ def anchors(text: str) -> set[str]:
     return result
 
 
-def sections() -> dict[str, Any]:
-    """Section -> its dataclass, in the order in which docs/configuration.md has them; layers of one class together."""
-    from model.config import ModelConfig, find_layer
-    from model.feedforward import FEEDFORWARDS
-    from model.mixers import MIXERS
-    from trainer.config import SECTIONS
-    from trainer.data.config import DataSource
-
-    layers: dict[Any, list[str]] = {}
-    for section, registry in (("mixers", MIXERS), ("feedforwards", FEEDFORWARDS)):
-        for kind in registry:
-            config = find_layer(section, kind, kind, allow_code=False).Config
-            layers.setdefault(config, []).append(f"{section}.{kind}")
-    named = {" ".join(names): config for config, names in layers.items()}
-    rest = {name: cls for name, cls in SECTIONS.items() if name != "run"}
-    return {"run": SECTIONS["run"], "model": ModelConfig} | named | rest | {"data source": DataSource}
-
-
 def table(name: str) -> str:
     """The table of that name, as it should stand."""
     if name == "presets":
@@ -108,58 +85,20 @@ def table(name: str) -> str:
 
 def keys_table(cls: Any) -> str:
     """A row for each key: type, default, and the docstring under it."""
-    hints, meanings = typing.get_type_hints(cls), field_docstrings(cls)
     rows = [("key", "type", "default", "meaning"), ("---",) * 4]
-    for field in dataclasses.fields(cls):
-        meaning = meanings[field.name].replace("|", "\\|")
-        rows.append((f"`{field.name}`", type_name(hints[field.name]), default_of(field), meaning))
+    for key, kind, default, meaning in keys(cls):
+        shown = default if default in ("required", "not set") else f"`{default}`"
+        rows.append((f"`{key}`", _coded(kind), shown, meaning.replace("|", "\\|")))
     return _lines(rows)
+
+
+def _coded(kind: str) -> str:
+    """Literal values and table keys as code."""
+    return re.sub(r'"[^"]*"|(?<=table of )\w+|(?<=path, )\w+', lambda found: f"`{found[0]}`", kind)
 
 
 def _lines(rows: Sequence[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def default_of(field: Any) -> str:
-    """A field's default as TOML would have it."""
-    made = field.default_factory
-    value = field.default if made is dataclasses.MISSING else made()
-    if value is dataclasses.MISSING:
-        return "required"
-    return "not set" if value is None else f"`{json.dumps(value)}`"
-
-
-def type_name(hint: Any) -> str:
-    """A type in words."""
-    plain = {int: "integer", float: "number", str: "text", bool: "true or false"}
-    if hint in plain:
-        return plain[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return ", ".join(f"`{json.dumps(value)}`" for value in arguments)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(type_name(part) for part in arguments if part is not type(None))
-    if origin is list:
-        return f"list of {type_name(arguments[0])}"
-    if origin is tuple:
-        return f"list of {len(arguments)}: {', '.join(map(type_name, arguments))}"
-    if dataclasses.is_dataclass(hint):
-        return "table of " + ", ".join(f"`{field.name}`" for field in dataclasses.fields(hint))
-    raise TypeError(f"docs/configuration.md has no word for {hint}")
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """Field -> the string that stands under it in the class, or in the class that it inherits the field from."""
-    found: dict[str, str] = {}
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, under in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(under, ast.Expr):
-                assert isinstance(field.target, ast.Name)
-                assert isinstance(under.value, ast.Constant)
-                found[field.target.id] = " ".join(str(under.value.value).split())
-    return found
 
 
 def presets_table() -> str:

@@ -152,7 +152,7 @@ FAULTS = [
         [
             (
                 "        self.wait()\n        self.saved_step",
-                "        self.wait()\n        [shutil.rmtree(f) for f in step_folders(self.run_dir)]\n        self.saved_step",
+                "        self.wait(); [shutil.rmtree(f) for f in step_folders(self.run_dir)]\n        self.saved_step",
             )
         ],
         ["tests/trainer/test_kill.py"],

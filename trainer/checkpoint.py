@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
-from model.shards import read_tensors
+from model.shards import read_tensors, tensor_shapes
 from model.stack import Model
 from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training, wait_for_all
 from trainer.config import CheckpointConfig
@@ -51,8 +51,14 @@ def training_state(model: Model, optimizer: torch.optim.Optimizer, counters: Cou
 
 
 def load_training_state(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> Counters:
-    """Read a step folder into the model and the optimizer, in whatever layout they are. Collective."""
+    """Read a step folder into the model and the optimizer, in whatever layout they are. Collective.
+
+    A parameter that was frozen when the folder was written (`run.freeze` may change) starts with a fresh optimizer
+    state; of one that is frozen now, the stored state is left unread.
+    """
     state = training_state(model, optimizer, Counters())
+    stored = tensor_shapes(folder, "optimizer.")
+    state["optimizer"] = {name: moments for name, moments in state["optimizer"].items() if f"{name}.step" in stored}
     read_tensors(state, folder)
     return Counters(**{key: int(value) for key, value in state["counters"].items()})
 

@@ -29,7 +29,7 @@ class Refused(ValueError):
 class RunConfig:
     """`[run]`"""
 
-    dir: str = ""
+    dir: str
     """The run folder."""
     seed: int = 0
     """Of initial weights and data order."""
@@ -44,8 +44,8 @@ class RunConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns (`layers.0.*`) of parameters that are not trained; gradients still flow through them."""
     resume: str = "auto"
-    """`auto`: from the newest complete checkpoint of the run folder; `never`: refuse a folder that has one; or the
-    path of a step folder."""
+    """auto: from the newest complete checkpoint of the run folder; never: refuse a folder that has one; or the path of
+    a step folder to go on from."""
     allow_change: list[str] = field(default_factory=list)
     """Keys outside [run] [parallel] [checkpoint] [metrics] that may differ from the checkpoint's."""
 
@@ -82,7 +82,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """`[schedule]`"""
 
-    steps: int = 0
+    steps: int
     """Updates."""
     kind: Literal["cosine", "linear", "wsd"] = "cosine"
     """Shape after the warm-up; wsd stays at the peak and decays at the end."""

@@ -98,6 +98,8 @@ def _resume_faults(config: Config, plan: Plan) -> list[str]:
     plan.already_done = _nothing_left(config, theirs, step)
     if plan.already_done:
         return []
+    if plan.precision != manifest["precision"]:
+        plan.notes.append(f"run.precision was {manifest['precision']} and is {plan.precision}: the curve will differ.")
     samples = theirs["data"]["samples"]
     needed = config.schedule.steps * config.data.global_batch_size
     faults = []

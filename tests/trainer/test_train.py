@@ -135,6 +135,17 @@ def test_frozen_parameters_stay_bit_equal(pool: Pool, prefix: str, trained: Path
     assert not [name for name in after if name.startswith("optimizer.layers.0.")]
 
 
+def test_what_is_frozen_may_change_on_resume(pool: Pool, prefix: str, tmp_path: Path) -> None:
+    frozen = ("--run.freeze", "embedding.weight", "--run.stop_at_step", "4")
+    run_dir = trained_anew(pool, tmp_path, prefix, *frozen, world_size=2)
+    assert "optimizer.embedding.weight.step" not in stored(run_dir, 4)
+    trained_anew(pool, tmp_path, prefix, "--run.freeze", "head.weight", world_size=2)
+    after = stored(run_dir, 10)
+    assert after["optimizer.embedding.weight.step"] == 6
+    assert after["optimizer.layers.0.mixer.q.weight.step"] == 10
+    assert "optimizer.head.weight.step" not in after
+
+
 def test_weights_from_another_run(pool: Pool, prefix: str, trained: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, prefix)
     text = config.read_text()

@@ -57,7 +57,7 @@ class PrepareArguments:
 class InspectArguments:
     """Say what a dataset holds."""
 
-    prefix: Annotated[str, tyro.conf.Positional]
+    prefix: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREFIX")]
     """The dataset: PREFIX.bin and PREFIX.idx."""
     tokenizer: str | None = None
     """Decode with this one. Default: the one kept beside the data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +13,7 @@ import tyro
 class Arguments:
     """Loss, perplexity and bits per byte, in total and per source."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A run folder or a step folder."""
     data: list[str] = field(default_factory=list)
     """Prefixes of prepared data. Default: what the run validates on."""
@@ -32,7 +33,7 @@ class Arguments:
 
 def evaluate(argv: list[str]) -> int:
     """Print a table; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="headway eval")
+    arguments = tyro.cli(Arguments, args=argv, prog="headway eval", config=(tyro.conf.FlagCreatePairsOff,))
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1.")
     if arguments.seq_len is not None and arguments.seq_len < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +13,7 @@ import tyro
 class Arguments:
     """Continue prompts with cached decoding."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A run folder or a step folder."""
     prompt: list[str] = field(default_factory=lambda: [""])
     """One or more texts, decoded together as a batch."""
@@ -32,7 +33,7 @@ class Arguments:
 
 def generate(argv: list[str]) -> int:
     """Print each prompt with its continuation; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="headway generate")
+    arguments = tyro.cli(Arguments, args=argv, prog="headway generate", config=(tyro.conf.FlagCreatePairsOff,))
     from model.decoding import Sampling, decode
     from model.hf import load
     from trainer.data.tokenizer import load_tokenizer

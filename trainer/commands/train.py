@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import tyro
 
 from trainer.cli import REFUSED
 
@@ -23,6 +20,8 @@ def train(argv: list[str]) -> int:
     """Train; returns the exit code. Raises ValueError for what is refused."""
     if not argv or argv[0] in ("-h", "--help"):
         return _help()
+    if argv[0].startswith("--"):
+        raise ValueError(f"{argv[0]} stands where CONFIG.toml comes first: headway train CONFIG.toml {argv[0]} ...")
     # The first thing of all: a signal must find us whatever we are doing.
     from trainer.signals import StopRequest
 
@@ -139,21 +138,30 @@ def _check_shared_folder(config: Config, process: Process) -> None:
 
 
 def _help() -> int:
-    """Every section and key, with its type and default, as tyro shows them."""
-    from model.config import ModelConfig
-    from trainer.config import SECTIONS
+    """What the command takes, and every section and key."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
 
-    sections = {"model": ModelConfig, **SECTIONS}
-    described = make_dataclass(
-        "Train",
-        [("config", tyro.conf.Positional[Path])]
-        + [(name, cls, field(default_factory=cls)) for name, cls in sections.items()],
-    )
-    tyro.cli(described, args=["--help"], prog="headway train", description=TRAIN_HELP)
+    from trainer.describe import keys, sections
+
+    console = Console(highlight=False)
+    console.print(HELP, markup=False)
+    for name, cls in sections().items():
+        console.print(f"\n[{name.replace(' ', '] [')}]", style="bold", markup=False)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(ratio=1)
+        for key, kind, default, meaning in keys(cls):
+            table.add_row(key, f"{meaning} ({kind}; {default})".replace("[", "\\["))
+        console.print(Padding(table, (0, 0, 0, 2)))
     return 0
 
 
-TRAIN_HELP = """Trains; resumes by itself.
+HELP = """usage: headway train CONFIG.toml [--section.key VALUE ...]
 
-CONFIG is a TOML file (see configs/); --section.key VALUE overrides what stands in it. Layers are tables of their own,
-[mixers.NAME] and [feedforwards.NAME], overridden as --mixers.NAME.key VALUE."""
+Trains; resumes by itself. Under torchrun: torchrun --nproc-per-node 4 -m trainer train CONFIG.toml
+
+CONFIG.toml is a preset (see configs/) or your own file. An override replaces what stands in it; \
+VALUE is TOML where it can be read so (true, 3e-4, [1, 2]), else text. Layers are overridden as \
+--mixers.NAME.key VALUE. Every key, with its meaning, type and default:"""

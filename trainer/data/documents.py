@@ -177,7 +177,9 @@ def _read_json_lines(file: str, options: ReadingOptions, problems: Problems) -> 
         try:
             entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as fault:
-            problems.add("broken_json", f"{place}: not JSON ({fault}); expected one object a line.")
+            problems.add(
+                "broken_json", f"{place}: not JSON ({getattr(fault, 'msg', fault)}); expected one object a line."
+            )
             continue
         if not isinstance(entry, dict):
             problems.add("broken_json", f"{place}: expected a JSON object and found {type(entry).__name__}.")
