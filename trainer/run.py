@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,18 +104,12 @@ class Run:
 def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, status: Status) -> Iterator[Run]:
     """Build the run that `config` and `plan` describe; its files are closed at the end. Collective."""
     layout = resolve_layout(config.parallel, process.world_size)
-    device, precision = process.device, plan.precision
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    model = build_model(config, layout, process, precision)
+    model = build_model(config, layout, process, plan.precision)
     optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
-    counters = Counters()
-    if plan.resume_from is not None:
-        counters = load_training_state(plan.resume_from, model, optimizer)
-    elif plan.init_from is not None:
-        load_weights(plan.init_from, model)
+    counters = _restore(plan, model, optimizer)
     status.step = counters.step
-
     share = config.data.global_batch_size // layout.data_parallel
     rows = range(process.rank * share, (process.rank + 1) * share)
     objective = OBJECTIVES[config.objective.kind]()
@@ -124,45 +118,38 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         optimizer,
         objective,
         layout,
-        device=device,
+        device=process.device,
         grad_clip=config.optimizer.grad_clip,
         seed=config.run.seed,
         rank=process.rank,
         stop=stop,
     )
-    run_dir = Path(config.run.dir)
+    data = TrainingData(
+        config.data,
+        seed=config.run.seed,
+        samples=config.samples,
+        cache_dir=plan.cache_dir,
+        vocab_size=config.model.vocab_size,
+    )
+    validation = _validation(config, objective, layout, rows, process.device, stop)
     checkpoints = CheckpointWriter(
-        run_dir, config.checkpoint, lambda folder: checkpoint_files(folder, config, plan), status.event
+        Path(config.run.dir), config.checkpoint, lambda folder: checkpoint_files(folder, config, plan), status.event
     )
     if plan.resume_from is not None:
         checkpoints.saved_step = counters.step
-    metrics = None
     flops_per_token = training_flops_per_token(model.flops(config.data.seq_len))
+    peak = peak_flops(process.device, plan.precision)
     if process.is_first:
-        write_json(run_dir / "summary.json", summarise(model, layout, process, precision, flops_per_token))
-        metrics = MetricsLog(run_dir, config.metrics.sinks, resumed_step=counters.step)
-    peak = peak_flops(device, precision)
-    progress = Progress(
-        config.schedule.steps,
-        counters.step + 1,
-        log_every_steps=config.metrics.log_every_steps,
-        enabled=process.is_first,
-        peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s per device",
-    )
-    try:
+        summary = summarise(model, layout, process, plan.precision, flops_per_token)
+        write_json(Path(config.run.dir) / "summary.json", summary)
+    with _logs(config, process, counters.step, peak) as (metrics, progress):
         yield Run(
             config=config,
             model=model,
             optimizer=optimizer,
             updater=updater,
-            data=TrainingData(
-                config.data,
-                seed=config.run.seed,
-                samples=config.samples,
-                cache_dir=plan.cache_dir,
-                vocab_size=config.model.vocab_size,
-            ),
-            validation=_validation(config, objective, layout, rows, device, stop),
+            data=data,
+            validation=validation,
             checkpoints=checkpoints,
             counters=counters,
             rows=rows,
@@ -175,10 +162,35 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
             peak_flops=peak,
         )
         checkpoints.close()
-    finally:
-        progress.close()
-        if metrics is not None:
-            metrics.close()
+
+
+def _restore(plan: Plan, model: Model, optimizer: torch.optim.Optimizer) -> Counters:
+    """Continue from a checkpoint, begin with another model's weights, or begin. Collective."""
+    if plan.resume_from is not None:
+        return load_training_state(plan.resume_from, model, optimizer)
+    if plan.init_from is not None:
+        load_weights(plan.init_from, model)
+    return Counters()
+
+
+@contextmanager
+def _logs(
+    config: Config, process: Process, step: int, peak: float | None
+) -> Iterator[tuple[MetricsLog | None, Progress]]:
+    """Metrics and console of a run that stands at `step`; the first rank's business."""
+    with ExitStack() as stack:
+        metrics = None
+        if process.is_first:
+            metrics = MetricsLog(Path(config.run.dir), config.metrics.sinks, resumed_step=step)
+            stack.enter_context(metrics)
+        progress = Progress(
+            config.schedule.steps,
+            step + 1,
+            log_every_steps=config.metrics.log_every_steps,
+            enabled=process.is_first,
+            peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s per device",
+        )
+        yield metrics, stack.enter_context(progress)
 
 
 def build_model(config: Config, layout: Layout, process: Process, precision: str) -> Model:

@@ -7,6 +7,7 @@ import torch
 # Dense bf16 matrix products without sparsity, FLOP/s, from the makers' data sheets. An unknown device has no MFU:
 # a guessed peak would make a wrong number look right.
 PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
