@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.folders import newest_complete, read_manifest, step_of
+from model.folders import check_files, newest_complete, read_manifest, step_of
 from parallel.processes import Process
 from trainer.config import FREE_SECTIONS, Config, Refused
 
@@ -63,27 +63,36 @@ def make_plan(config: Config, process: Process) -> Plan:
 
 def _choose_start(config: Config, run_dir: Path, plan: Plan) -> list[str]:
     """Set `plan.resume_from`."""
-    from model.folders import check_files
-
-    if config.run.resume not in ("auto", "never"):
-        folder = Path(config.run.resume)
-        if step_of(folder) is None or not folder.is_dir():
-            return [f'run.resume = "{folder}": expected "auto", "never" or a step folder (step-00000100).']
-        plan.resume_from = folder
-        return [f"run.resume: {fault}" for fault in check_files(folder, hashes=True)]
+    wanted = config.run.resume
+    elsewhere = wanted not in ("auto", "never") and Path(wanted).resolve().parent.parent != run_dir.resolve()
     newest, passed_over = newest_complete(run_dir)
-    plan.notes += [f"passed over a damaged checkpoint: {fault}" for fault in passed_over]
-    if newest is None and passed_over and config.run.resume == "auto":
-        return [f"{run_dir} has checkpoints, but none is whole; --run.resume never starts over.", *passed_over]
-    if config.run.resume == "auto":
-        plan.resume_from = newest
-        return []
-    if newest is not None:
+    if newest is not None and (_restarted() or elsewhere):
+        # The same command again, by hand or by a scheduler, goes on: it does not begin a second time.
+        wanted = "auto"
+    if wanted == "never" and newest is not None:
         return [
             f'run.resume = "never", but {run_dir} holds {newest.name}: name another run.dir, '
             'or resume with run.resume = "auto".'
         ]
+    if wanted not in ("auto", "never"):
+        return _start_from(Path(wanted), plan)
+    if newest is None and passed_over and wanted == "auto":
+        return [f"{run_dir} has checkpoints, but none is whole; name another run.dir to start over.", *passed_over]
+    plan.notes += [f"passed over a damaged checkpoint: {fault}" for fault in passed_over]
+    plan.resume_from = newest
     return []
+
+
+def _start_from(folder: Path, plan: Plan) -> list[str]:
+    if step_of(folder) is None or not folder.is_dir():
+        return [f'run.resume = "{folder}": expected "auto", "never" or a step folder (step-00000100).']
+    plan.resume_from = folder
+    return [f"run.resume: {fault}" for fault in check_files(folder, hashes=True)]
+
+
+def _restarted() -> bool:
+    """Whether torchrun or Slurm started this run anew after it had ended."""
+    return any(int(os.environ.get(f"{name}_RESTART_COUNT") or 0) for name in ("TORCHELASTIC", "SLURM"))
 
 
 def _resume_faults(config: Config, plan: Plan) -> list[str]:

@@ -213,6 +213,30 @@ def test_resuming_from_a_step_of_another_run(pool: Pool, prefix: str, trained: P
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_same_command_again_goes_on_and_does_not_begin_twice(
+    pool: Pool, prefix: str, trained: Path, tmp_path: Path
+) -> None:
+    start = ("--run.resume", str(step_folder(trained, 4)), "--run.stop_at_step", "6")
+    run_dir = trained_anew(pool, tmp_path, prefix, *start, world_size=2)
+    trained_anew(pool, tmp_path, prefix, *start[:2], "--run.stop_at_step", "7", world_size=2)
+    assert [event["step"] for event in events(run_dir, "resumed")] == [4, 6]
+    # Back to an older step of its own: asked for once, and not again by a restart.
+    back = ("--run.resume", str(step_folder(run_dir, 6)))
+    trained_anew(pool, tmp_path, prefix, *back, "--run.stop_at_step", "8", world_size=2)
+    results = pool.run(restarted, 2, tmp_path / "config.toml", *back)
+    assert [code for code, _ in results] == [0, 0], results
+    assert [event["step"] for event in events(run_dir, "resumed")] == [4, 6, 6, 8]
+    assert [record["step"] for record in read_metrics(run_dir)] == list(range(5, 11))
+
+
+def restarted(config: Path, *overrides: str) -> tuple[int, str]:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    try:
+        return train(config, *overrides)
+    finally:
+        del os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("echo this must never run > /dev/null",)
