@@ -17,16 +17,18 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
+	# All at the tested versions but torch, whose build may be another.
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 install: $(VENV)/installed
 
 quickstart:
+	@echo "[1/10] make $(VENV)/ and install $(TORCH) and the packages of constraints.txt"
 	@began=$$(date +%s); $(MAKE) --no-print-directory install TORCH='$(TORCH)'; \
-	echo "[1/10] packages installed in $(VENV)/ ($$(( $$(date +%s) - began )) s)"
+	echo "      ($$(( $$(date +%s) - began )) s)"
 	@$(BIN)/python -m launch.quickstart
 
 test: install

@@ -7,12 +7,13 @@ there is no pointer that could move too early.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from model.files import file_sha256
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -29,15 +30,11 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def describe_files(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
     """Size and hash of each file, by its path in the folder: what a manifest holds."""
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def check_files(folder: Path, *, hashes: bool) -> list[str]:
             faults.append(f"{path} is missing.")
         elif (size := path.stat().st_size) != expected["bytes"]:
             faults.append(f"{path} has {size} bytes, its manifest says {expected['bytes']}.")
-        elif hashes and file_hash(path) != expected["sha256"]:
+        elif hashes and file_sha256(path) != expected["sha256"]:
             faults.append(f"{path} is not what was written: its SHA-256 differs from the manifest's.")
     return faults
 

@@ -75,11 +75,6 @@ def gathered_on_first_rank(value: Any, group: dist.ProcessGroup | None = None) -
     return gathered
 
 
-def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
-    """Until every rank is here. Collective."""
-    dist.barrier(group)
-
-
 def group_beside_training() -> dist.ProcessGroup:
     """A gloo group of all ranks for collectives that run in another thread than training's. Collective."""
     return dist.new_group(backend="gloo")

@@ -177,7 +177,7 @@ FAULTS = [
     Fault(
         "shards are not looked at when a checkpoint is chosen",
         "model/folders.py",
-        [("elif hashes and file_hash(path) != expected", "elif False and file_hash(path) != expected")],
+        [("elif hashes and file_sha256(path) != expected", "elif False and file_sha256(path) != expected")],
         [RESUME],
     ),
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
 from model.shards import read_tensors, tensor_shapes
 from model.stack import Model
-from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training, wait_for_all
+from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training
 from trainer.config import CheckpointConfig
 
 
@@ -105,10 +105,11 @@ class CheckpointWriter:
         final = step_folder(self.run_dir, step)
         partial = final.with_name(final.name + ".partial")
         self.report("checkpoint_requested", step=step)
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        wait_for_all(self.group)
+        failure = _make_room(partial) if dist.get_rank() == 0 else None
+        if (failure := from_first_rank(failure, self.group)) is not None:
+            self.pending = Future()
+            self.pending.set_exception(OSError(failure))
+            return
         response = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
         assert isinstance(response, Future)
         self.pending = self.background.submit(self._finish, response, partial, final, step, time.monotonic())
@@ -151,8 +152,8 @@ class CheckpointWriter:
             try:
                 self._complete(gathered, partial, final, step)
                 self.report("checkpoint_durable", step=step, seconds=round(time.monotonic() - begun, 3))
-            except OSError as error:
-                failure = str(error)
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
         # All ranks agree on how it ended, so that all go on or all stop.
         if (failure := from_first_rank(failure, self.group)) is not None:
             raise RuntimeError(failure)
@@ -183,6 +184,16 @@ class CheckpointWriter:
             # Without its manifest it is no checkpoint any more, however much of it is left.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_room(partial: Path) -> str | None:
+    """An empty folder to write into; or why there is none."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _flush(path: Path) -> None:

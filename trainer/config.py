@@ -197,7 +197,9 @@ def config_from_tables(tables: dict[str, Any], overrides: Sequence[str] = (), *,
     tables = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     faults = _apply_overrides(tables, overrides)
     known = [*SECTIONS, *MODEL_SECTIONS]
-    for name in [name for name in tables if name not in known]:
+    if "reparam" in tables:
+        faults.append("[reparam]: this version has no reparametrisation; leave the section out.")
+    for name in [name for name in tables if name not in (*known, "reparam")]:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         faults.append(f"[{name}] is no section; the nearest known section is [{near[0]}].")
     for name in [name for name in tables if name in known and not isinstance(tables[name], dict)]:

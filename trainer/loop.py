@@ -37,7 +37,7 @@ def train(run: Run) -> Ending:
         record = run.record(outcome, lr, seconds=time.perf_counter() - began)
 
         preempted = outcome.stop
-        if run.validation is not None and run.validation_is_due(step) and not preempted:
+        if run.validation is not None and run.validation.is_due(step) and not preempted:
             losses = run.validation.losses(run.model)
             preempted = losses is None
             record |= losses or {}

@@ -21,6 +21,7 @@ Sink = Literal["jsonl", "tensorboard", "wandb"]
 Record = dict[str, Any]
 
 FILE_NAME = "metrics.jsonl"
+LONGEST_END = 1 << 18
 
 
 @dataclass
@@ -242,6 +243,17 @@ def iter_metrics(run_dir: Path) -> Iterator[Record]:
                 broken = number
             else:
                 yield record
+
+
+def last_record(run_dir: Path) -> Record | None:
+    """The newest whole record of a run; None when there is none. Reads only the end of the file."""
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return None
+    with path.open("rb") as lines:
+        lines.seek(max(0, path.stat().st_size - LONGEST_END))
+        whole = [record for line in lines.readlines() if (record := _parse(line)) is not None]
+    return whole[-1] if whole else None
 
 
 def _parse(line: bytes) -> Record | None:

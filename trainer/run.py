@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 
+from model.files import write_json
 from model.objective import OBJECTIVES
 from model.shards import shape_faults
 from model.stack import Model
 from parallel.data import initialise, spread, sum_over_ranks
 from parallel.mesh import Layout, build_mesh, resolve_layout
-from parallel.processes import Process
+from parallel.processes import Process, from_first_rank
 from parallel.recompute import compile_blocks, recompute_blocks
 from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, load_weights, training_state
 from trainer.config import Config
 from trainer.data.evaluation import validation_sets
 from trainer.data.training import TrainingData
-from trainer.metrics import MetricsLog
+from trainer.metrics import MetricsLog, last_record
 from trainer.optimizer import build_optimizer
 from trainer.progress import Progress
 from trainer.resume import Plan, checkpoint_files
 from trainer.signals import StopRequest
-from trainer.status import Status, write_json
+from trainer.status import Status
 from trainer.step import Outcome, Updater
 from trainer.summary import summarise
 from trainer.throughput import peak_flops, training_flops_per_token
@@ -62,10 +63,6 @@ class Run:
     def asked_to_stop(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
         return sum_over_ranks([float(self.stop.requested)])[0] > 0
-
-    def validation_is_due(self, step: int) -> bool:
-        every = self.config.data.validate_every_steps
-        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -142,7 +139,8 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     if process.is_first:
         summary = summarise(model, layout, process, plan.precision, flops_per_token)
         write_json(Path(config.run.dir) / "summary.json", summary)
-    with _logs(config, process, counters.step, peak) as (metrics, progress):
+    made_up = _left_out_validation(config, process, model, validation, counters.step)
+    with _logs(config, process, counters.step, peak, made_up) as (metrics, progress):
         yield Run(
             config=config,
             model=model,
@@ -173,16 +171,39 @@ def _restore(plan: Plan, model: Model, optimizer: torch.optim.Optimizer) -> Coun
     return Counters()
 
 
+def _left_out_validation(
+    config: Config, process: Process, model: Model, validation: Validation | None, step: int
+) -> dict[str, Any] | None:
+    """A stop does not wait for a validation; the run that goes on makes up for it. Collective.
+
+    Returns the record of `step` with its validation losses, on the first rank, if that step still lacks them.
+    """
+    if validation is None or step == 0 or not validation.is_due(step):
+        return None
+    record = last_record(Path(config.run.dir)) if process.is_first else None
+    left_out = record is not None and record["step"] == step and "val_loss" not in record
+    if not from_first_rank(left_out):
+        return None
+    losses = validation.losses(model)
+    return None if record is None else record | (losses or {})
+
+
 @contextmanager
 def _logs(
-    config: Config, process: Process, step: int, peak: float | None
+    config: Config, process: Process, step: int, peak: float | None, made_up: dict[str, Any] | None
 ) -> Iterator[tuple[MetricsLog | None, Progress]]:
-    """Metrics and console of a run that stands at `step`; the first rank's business."""
+    """Metrics and console of a run that stands at `step`; the first rank's business.
+
+    `made_up` is written in place of the last step's record.
+    """
     with ExitStack() as stack:
         metrics = None
         if process.is_first:
-            metrics = MetricsLog(Path(config.run.dir), config.metrics.sinks, resumed_step=step)
+            kept = step if made_up is None else step - 1
+            metrics = MetricsLog(Path(config.run.dir), config.metrics.sinks, resumed_step=kept)
             stack.enter_context(metrics)
+            if made_up is not None:
+                metrics.write(made_up)
         progress = Progress(
             config.schedule.steps,
             step + 1,
@@ -224,6 +245,8 @@ def _validation(
         validation_sets(config.data, vocab_size=config.model.vocab_size),
         objective,
         layout,
+        every_steps=config.data.validate_every_steps,
+        last_step=config.schedule.steps,
         batch_size=config.data.global_batch_size,
         batches=config.data.validation_batches,
         rows=rows,

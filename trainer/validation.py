@@ -22,6 +22,8 @@ class Validation:
         objective: Objective,
         layout: Layout,
         *,
+        every_steps: int,
+        last_step: int,
         batch_size: int,
         batches: int,
         rows: range,
@@ -29,8 +31,13 @@ class Validation:
         stop: StopRequest,
     ):
         self.sources, self.objective, self.layout = sources, objective, layout
+        self.every_steps, self.last_step = every_steps, last_step
         self.batch_size, self.batches, self.rows = batch_size, batches, rows
         self.device, self.stop = device, stop
+
+    def is_due(self, step: int) -> bool:
+        """Whether one follows this update: every so many steps, and after the last."""
+        return step % self.every_steps == 0 or step == self.last_step
 
     @torch.no_grad()
     def losses(self, model: Model) -> dict[str, float] | None:

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.files import file_sha256
 from trainer.commands import data as commands
 from trainer.data.documents import ReadingOptions
 from trainer.data.indexed import open_pair
 from trainer.data.inspect import inspect_dataset
 from trainer.data.lazy import megatron
 from trainer.data.prepare import prepare_dataset
-from trainer.data.sidecar import file_sha256, read_sidecar
+from trainer.data.sidecar import read_sidecar
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.train_tokenizer import train_tokenizer
 

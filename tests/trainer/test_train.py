@@ -267,11 +267,19 @@ def test_a_step_folder_whose_files_changed_is_refused(pool: Pool, prefix: str, t
 def test_a_disk_that_fails_costs_a_checkpoint_and_not_the_run(pool: Pool, prefix: str, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step-00000004").write_text("in the way of the folder")
-    run_dir = trained_anew(pool, tmp_path, prefix)
-    (failure,) = events(run_dir, "checkpoint_failed")
-    assert failure["step"] == 4
+    (tmp_path / "run" / "checkpoints" / "step-00000008.partial").write_text("in the way of the shards")
+    run_dir = trained_anew(pool, tmp_path, prefix, world_size=2)
+    assert [failure["step"] for failure in events(run_dir, "checkpoint_failed")] == [4, 8]
     assert status(run_dir)["state"] == "finished"
     assert newest_complete(run_dir)[0] == step_folder(run_dir, 10)
+
+
+def test_a_disk_that_fails_stops_the_run_where_that_is_asked_for(pool: Pool, prefix: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000004.partial").write_text("in the way of the shards")
+    results = pool.run(train, 2, write_config(tmp_path, prefix), "--checkpoint.on_failure", "stop")
+    assert [code for code, _ in results] == [70, 70]
+    assert "writing a checkpoint failed" in status(tmp_path / "run")["reason"]
 
 
 def test_compiled_twice_from_one_cache_equals_eager(prefix: str, tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def evaluate(argv: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from model.files import write_json
     from trainer.evaluation import evaluate as score
-    from trainer.status import write_json
 
     rows = [
         found.row()

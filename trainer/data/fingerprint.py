@@ -6,9 +6,9 @@ import hashlib
 import os
 from typing import Any
 
+from model.files import file_sha256
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import open_pair
-from trainer.data.sidecar import file_sha256
 
 BLOCKS = 64
 BLOCK_BYTES = 1 << 16

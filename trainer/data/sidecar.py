@@ -1,8 +1,7 @@
-"""`PREFIX.json`, which says what a dataset holds, and the small file habits that the data part shares."""
+"""`PREFIX.json`, which says what a dataset holds, and how a finished folder gets its name."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,21 +10,6 @@ from typing import Any
 
 MARK = b'"tokenizer_fingerprint"'
 LARGEST_SIDECAR = 1 << 20
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write JSON so that `path` either is complete or does not exist."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True, ensure_ascii=False)
-        stream.write("\n")
-    os.replace(partial, path)
 
 
 def replace_folder(partial: Path, final: Path) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from model.files import write_json
 from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents
-from trainer.data.sidecar import replace_folder, write_json
+from trainer.data.sidecar import replace_folder
 from trainer.data.tokenizer import MARKER, MODEL_FILE, marker
 
 END = "</s>"

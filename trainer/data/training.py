@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from model.files import file_sha256
 from trainer.data.batch import Batch, assemble, check_rows
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import open_pair
 from trainer.data.lazy import megatron
 from trainer.data.order import ensure, order_folder, wait_for
-from trainer.data.sidecar import file_sha256
 from trainer.data.split import training_range
 
 
