@@ -32,7 +32,10 @@ def build(cls: type[Settings], section: str, values: dict[str, Any], faults: lis
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            faults.append(f"{section}.{key} is no key of [{section}]; the nearest known key is {section}.{near[0]}.")
+            others = "" if difflib.get_close_matches(key, known, n=1) else f" (it has {', '.join(known)})"
+            faults.append(
+                f"{section}.{key} is no key of [{section}]; the nearest known key is {section}.{near[0]}{others}."
+            )
     adapter: Any = _adapter(cls)  # type: ignore[arg-type]
     values = {key: value for key, value in values.items() if key in known}
     try:

@@ -12,17 +12,24 @@ from typing import Any, Literal
 from model.config import Architecture, ModelConfig
 from model.settings import build, build_architecture, without_none
 from parallel.config import ParallelConfig
+from parallel.mesh import layout_faults, unbuilt_faults
+from parallel.processes import Process
 from trainer.data.config import DataConfig
 from trainer.metrics import MetricsConfig
 
 
 class Refused(ValueError):
-    """Something the user asked for cannot be done; the message lists every reason."""
+    """Something the user asked for cannot be done; the message lists every reason.
 
-    def __init__(self, faults: Sequence[str], what: str = "This run is refused"):
-        self.faults = list(faults)
+    `seen_by_all`: whether every rank finds a reason by itself; otherwise the others have to be told.
+    """
+
+    def __init__(self, faults: Sequence[str], *, seen_by_all: bool = True):
+        self.faults, self.seen_by_all = list(faults), seen_by_all
         listed = "\n".join(f"  - {fault}" for fault in self.faults)
-        super().__init__(f"{what}, for {len(self.faults)} reason{'s' if len(self.faults) != 1 else ''}:\n{listed}")
+        super().__init__(
+            f"This run is refused, for {len(self.faults)} reason{'s' if len(self.faults) != 1 else ''}:\n{listed}"
+        )
 
 
 @dataclass
@@ -175,8 +182,13 @@ def model_tables(architecture: Architecture) -> dict[str, Any]:
     return tables
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: bool = True) -> Config:
-    """Read a TOML file, apply `--section.key VALUE` overrides, and check everything that needs no other file.
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, allow_code: bool = True, process: Process | None = None
+) -> Config:
+    """Read a TOML file, apply `--section.key VALUE` overrides, and check all that can be checked.
+
+    Args:
+        process: one that is to train by it: then the layout is checked too, and on the first rank the data's files.
 
     Raises:
         Refused: listing every fault of the file and the overrides at once.
@@ -189,10 +201,16 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: bool =
         raise Refused([f"{path} does not exist.{hint}"]) from None
     except tomllib.TOMLDecodeError as error:
         raise Refused([f"{path} is not TOML: {error}"]) from None
-    return config_from_tables(tables, overrides, allow_code=allow_code)
+    return config_from_tables(tables, overrides, allow_code=allow_code, process=process)
 
 
-def config_from_tables(tables: dict[str, Any], overrides: Sequence[str] = (), *, allow_code: bool = True) -> Config:
+def config_from_tables(
+    tables: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    allow_code: bool = True,
+    process: Process | None = None,
+) -> Config:
     """As `load_config`, from tables already read (which are not changed)."""
     tables = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     faults = _apply_overrides(tables, overrides)
@@ -208,8 +226,11 @@ def config_from_tables(tables: dict[str, Any], overrides: Sequence[str] = (), *,
     sections = {name: build(cls, name, tables.get(name, {}), faults) for name, cls in SECTIONS.items()}
     model, architecture = build_architecture(tables, faults, allow_code=allow_code)
     faults += _section_faults(sections, model)
-    if faults:
-        raise Refused(faults, "This configuration is refused")
+    if process is not None:
+        faults += _layout_faults(sections, architecture, process.world_size)
+    in_files = _file_faults(sections["data"], model) if process is not None and process.is_first else []
+    if faults or in_files:
+        raise Refused(faults + in_files, seen_by_all=bool(faults))
     config = Config(architecture=architecture, **sections)  # type: ignore[arg-type]
     _clip_warmup(config)
     return config
@@ -308,6 +329,23 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
     if data is not None and model is not None and model.positions == "learned" and data.seq_len > model.max_positions:
         faults.append(f"data.seq_len = {data.seq_len} is more than model.max_positions = {model.max_positions}.")
     return faults
+
+
+def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, world_size: int) -> list[str]:
+    """Whether so many processes can carry it; left out where the sections that say so could not be read."""
+    parallel, data = sections["parallel"], sections["data"]
+    if architecture is None or parallel is None or data is None:
+        return []
+    sizes = {"seq_len": data.seq_len, "global_batch_size": data.global_batch_size}
+    return layout_faults(parallel, world_size, architecture, **sizes) + unbuilt_faults(parallel)
+
+
+def _file_faults(data: DataConfig | None, model: ModelConfig | None) -> list[str]:
+    from trainer.data.check import check_sources
+
+    if data is None or data.faults():
+        return []
+    return check_sources(data, None if model is None or model.vocab_size < 1 else model.vocab_size)
 
 
 def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:

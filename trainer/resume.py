@@ -41,22 +41,19 @@ def make_plan(config: Config, process: Process) -> Plan:
     Raises:
         Refused: everything that stands against this start, at once.
     """
-    from trainer.data.check import check_sources
     from trainer.data.fingerprint import fingerprint
 
     run_dir = Path(config.run.dir)
     plan = Plan(precision=config.run.precision or ("bf16" if process.device_type == "cuda" else "fp32"))
     plan.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
-    faults = check_sources(config.data, config.model.vocab_size)
-    if not faults:
-        plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
-    faults += _choose_start(config, run_dir, plan)
+    plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
+    faults = _choose_start(config, run_dir, plan)
     if plan.resume_from is not None:
         faults += _resume_faults(config, plan)
     elif config.model.init_from is not None:
         faults += _initial_weights(config, plan)
     if faults:
-        raise Refused(faults)
+        raise Refused(faults, seen_by_all=False)
     plan.samples = config.samples
     return plan
 
@@ -128,10 +125,9 @@ def _resume_faults(config: Config, plan: Plan) -> list[str]:
         for key, (was, now) in changes.items()
         if key != "data.samples" or needed <= samples
     ]
-    if plan.fingerprint:
-        plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
-        if not any(entry.startswith("data") for entry in allowed):
-            faults += fingerprint_differences(manifest["data"], plan.fingerprint)
+    plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
+    if not any(entry.startswith("data") for entry in allowed):
+        faults += fingerprint_differences(manifest["data"], plan.fingerprint)
     return faults
 
 

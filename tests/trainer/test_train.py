@@ -199,6 +199,15 @@ def test_what_only_the_first_rank_can_find_ends_the_others_too(pool: Pool, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_faults_of_every_kind_come_at_once(pool: Pool, prefix: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, str(tmp_path / "missing"))
+    wrong = ("--optimizer.lr", "-1", "--run.sed", "3", "--parallel.dp_shard", "3", "--metrics.sinks", "csv")
+    results = pool.run(train, 2, config, *wrong)
+    assert [code for code, _ in results] == [2, 2]
+    for words in ("optimizer.lr = -1", "run.seed", "= 3, but 2 processes", "metrics.sinks", str(tmp_path / "missing")):
+        assert words in results[0][1]
+
+
 def test_resume_never_does_not_overwrite(pool: Pool, prefix: str, trained: Path) -> None:
     config = write_config(trained.parent, prefix)
     ((code, said),) = pool.run(train, 1, config, "--run.resume", "never")
@@ -248,6 +257,7 @@ def test_a_planted_payload_is_not_run(tmp_path: Path) -> None:
         TensorReader(tmp_path).read_metadata()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_entries_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 

@@ -34,55 +34,39 @@ def _train(path: Path, overrides: list[str], stop: StopRequest) -> int:
     from trainer.config import Refused, load_config
 
     process = this_process()
+    plan: Plan | None = None
+    failure: Exception | None = None
     try:
-        config = load_config(path, overrides)
-        _check_layout(config, process)
-    except Refused:
+        config = load_config(path, overrides, process=process)
         if process.is_first:
+            plan = _plan(config, process)
+    except Exception as error:
+        seen_by_all = isinstance(error, Refused) and error.seen_by_all
+        if seen_by_all and not process.is_first:
+            # The first rank says it; torchrun ends it as soon as one rank is gone.
+            time.sleep(2)
+            return REFUSED
+        if seen_by_all or not process.is_first or process.world_size == 1:
             raise
-        # Every rank finds the same faults and the first one says them; torchrun ends it as soon as one rank is gone.
-        time.sleep(2)
-        return REFUSED
-    plan, failure = _plan(config, process) if process.is_first else (None, None)
-    if failure is not None and process.world_size == 1:
-        raise failure
+        failure = error
     with process_group(process):
         # A first rank that has failed still joins, to tell the others: they would wait for it until they are killed.
-        plan, failed = from_first_rank((plan, failure is not None))
+        plan = from_first_rank(plan)
         if failure is not None:
             raise failure
-        return REFUSED if failed else _train_together(config, plan, process, stop)
+        return REFUSED if plan is None else _train_together(config, plan, process, stop)
 
 
-def _check_layout(config: Config, process: Process) -> None:
-    from parallel.mesh import layout_faults, unbuilt_faults
-    from trainer.config import Refused
-
-    data = config.data
-    faults = layout_faults(
-        config.parallel,
-        process.world_size,
-        config.architecture,
-        seq_len=data.seq_len,
-        global_batch_size=data.global_batch_size,
-    )
-    if faults := faults + unbuilt_faults(config.parallel):
-        raise Refused(faults, "This layout is refused")
-
-
-def _plan(config: Config, process: Process) -> tuple[Plan | None, Exception | None]:
-    """The plan, and the run folder made ready for it; or what stands against it."""
+def _plan(config: Config, process: Process) -> Plan:
+    """Where to start from, and the run folder made ready for it."""
     from trainer.resume import make_plan, prepare_run_folder
 
-    try:
-        plan = make_plan(config, process)
-        if plan.already_done:
-            print(plan.already_done, file=sys.stderr)
-        else:
-            prepare_run_folder(config, plan)
-    except Exception as failure:
-        return None, failure
-    return plan, None
+    plan = make_plan(config, process)
+    if plan.already_done:
+        print(plan.already_done, file=sys.stderr)
+    else:
+        prepare_run_folder(config, plan)
+    return plan
 
 
 def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRequest) -> int:
