@@ -19,7 +19,7 @@ COMMAND = re.compile(r"(?:^|\s)headway ([a-z]+)(?: ([a-z]+))?")
 KEY = re.compile(r"(?:^|--|\s)(run|model|objective|data|optimizer|schedule|parallel|checkpoint|metrics)\.([a-z_-]+)\b")
 FORBIDDEN = {
     "a path of some machine": r"(?<![\w.-])/(work|tmp|root|home|Users|mnt)/",
-    "a host of a package registry": r"pypi\.org|pythonhosted|download\.pytorch|\.internal\b|artifactory|localhost",
+    "an address of a package index": r"(?:index-url|find-links)[ =]\S*://",
     "a picture": r"[\u2600-\u27bf\U0001f000-\U0001faff]",
     "praise": r"(?i)\b(blazing|seamless|cutting.edge|state.of.the.art|effortless|revolutionary|powerful)",
 }
