@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -35,8 +36,16 @@ def recompute_blocks(model: Model, kind: Literal["none", "selective", "full"]) -
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.layers.values():
-        plain = block.forward
-        block.forward = partial(checkpoint, plain, **options)
+        block.forward = _recomputed(block.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A function of ours and no `partial`: torch.compile skips frames that are torch's own, `checkpoint` among them, and
+    # would compile nothing, without a word.
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed
 
 
 def compile_blocks(model: Model) -> None:

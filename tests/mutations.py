@@ -158,6 +158,23 @@ FAULTS = [
         ["tests/trainer/test_kill.py"],
     ),
     Fault(
+        "recomputation that keeps compilation from happening",
+        "parallel/recompute.py",
+        [
+            (
+                "block.forward = _recomputed(block.forward, options)",
+                "block.forward = partial(checkpoint, block.forward, **options)",
+            )
+        ],
+        [CONFORMANCE],
+    ),
+    Fault(
+        "recomputation keeps products that are then changed in place",
+        "parallel/recompute.py",
+        [("_KEPT = {", "_KEPT = {\n    torch.ops.aten.bmm.default,")],
+        [CONFORMANCE],
+    ),
+    Fault(
         "initial values depend on who draws them",
         "model/initialisation.py",
         [("generator=_generator(seed, name, block)", "generator=_generator(seed, name, rows.start)")],
