@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainer.data.check import check_sources
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import MAGIC
-from trainer.data.sources import check_sources
 
 
 def write_pair(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> str:

@@ -13,20 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.data.batch import Batch
+from trainer.data.config import DataConfig, DataSource
+from trainer.data.evaluation import EvaluationData, validation_sets
+from trainer.data.fingerprint import fingerprint, fingerprint_differences
 from trainer.data.lazy import megatron
 from trainer.data.order import wait_for
-from trainer.data.sources import (
-    Batch,
-    DataConfig,
-    DataSource,
-    EvaluationData,
-    TrainingData,
-    fingerprint,
-    fingerprint_differences,
-    split_ranges,
-    training_documents,
-    validation_sets,
-)
+from trainer.data.split import split_ranges, training_documents
+from trainer.data.training import TrainingData
 
 VOCAB = 5000
 
