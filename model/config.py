@@ -7,10 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.feedforward import FEEDFORWARDS
-from model.layer import FeedForward, Layer, Mixer, Site
-from model.mixers import MIXERS
-from model.registry import find
+from model.layer import FeedForward, Mixer, Site
 
 
 @dataclass
@@ -134,9 +131,3 @@ def expand_pattern(key: str, pattern: list[str], length: int, known: Any) -> tup
             f"take num_layers = {near}, or list all layers."
         )
     return (names * (length // len(names)) if names else []), faults
-
-
-def find_layer(section: str, name: str, kind: str, *, allow_code: bool) -> type[Layer]:
-    """The class of `[section.name]` (section `mixers` or `feedforwards`). Raises ValueError for an unknown kind."""
-    registry, what = (MIXERS, "mixer") if section == "mixers" else (FEEDFORWARDS, "feed-forward")
-    return find(kind, registry, what, allow_code=allow_code)

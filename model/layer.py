@@ -84,6 +84,9 @@ class Layer(nn.Module):
                     inits[f"{name}.bias"] = Constant(0.0)
         return inits
 
+    def remake_buffers(self) -> None:
+        """Compute again what is neither learned nor stored (decay slopes), exactly, where the layer now stands."""
+
     def flops(self, n: int) -> float:
         """Forward matrix-product operations for each token of a sequence of n, 2 per multiply-add."""
         raise NotImplementedError

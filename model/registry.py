@@ -7,7 +7,15 @@ import importlib
 import os
 import sys
 
+from model.feedforward import FEEDFORWARDS
 from model.layer import FeedForward, Layer, Mixer
+from model.mixers import MIXERS
+
+
+def find_layer(section: str, name: str, kind: str, *, allow_code: bool) -> type[Layer]:
+    """The class of `[section.name]` (section `mixers` or `feedforwards`). Raises ValueError for an unknown kind."""
+    registry, what = (MIXERS, "mixer") if section == "mixers" else (FEEDFORWARDS, "feed-forward")
+    return find(kind, registry, what, allow_code=allow_code)
 
 
 def find(kind: str, registry: dict[str, str], what: str, *, allow_code: bool) -> type[Layer]:

@@ -7,7 +7,8 @@ import difflib
 from functools import cache
 from typing import Any, TypeVar
 
-from model.config import Architecture, ModelConfig, find_layer
+from model.config import Architecture, ModelConfig
+from model.registry import find_layer
 
 Settings = TypeVar("Settings")
 

@@ -15,9 +15,10 @@ from typing import Any
 
 def sections() -> dict[str, Any]:
     """Section -> its dataclass, as a reader meets them; layers with the same settings together."""
-    from model.config import ModelConfig, find_layer
+    from model.config import ModelConfig
     from model.feedforward import FEEDFORWARDS
     from model.mixers import MIXERS
+    from model.registry import find_layer
     from trainer.config import SECTIONS
     from trainer.data.config import DataSource
 

@@ -109,13 +109,17 @@ class Lightning(Mixer):
         self.activation = ACTIVATIONS[config.activation]
         self._all_slopes = decay_slopes(config.decay, heads, site.layer, site.num_layers)
         self.slopes: Tensor
-        self.register_buffer("slopes", torch.tensor(self._all_slopes, dtype=torch.float32), persistent=False)
+        self.register_buffer("slopes", torch.empty(heads), persistent=False)
+        self.remake_buffers()
+
+    def remake_buffers(self) -> None:
+        self.slopes = torch.tensor(self._all_slopes, dtype=torch.float32, device=self.slopes.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Lightning:
         # A cast to bf16 would round slow decays to no decay at all, and a move off the meta device leaves them
         # undefined: whatever happens to the module, the slopes are made again from the exact list.
         super()._apply(fn, recurse)
-        self.slopes = torch.tensor(self._all_slopes, dtype=torch.float32, device=self.slopes.device)
+        self.remake_buffers()
         return self
 
     def forward(
