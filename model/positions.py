@@ -25,7 +25,20 @@ def rotate(x_BNHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNHd.dtype)
 
 
-class LRPE(nn.Module):
+class Angles(nn.Module):
+    """Parameters that stay fp32 or wider whatever the model is cast to: angles at large positions need it."""
+
+    keep_fp32 = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Angles:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        return super()._apply(keep_wide, recurse)
+
+
+class LRPE(Angles):
     """Linearised relative position encoding with learned angles: x -> [x cos(theta t), x sin(theta t)].
 
     Doubles the key width: the product of two encoded vectors is sum_j q_j k_j cos(theta_j (t - s))
@@ -33,19 +46,9 @@ class LRPE(nn.Module):
     theta_{h,j} = 10000^(-2 (h d + j) / (H d)), as in the released code.
     """
 
-    # Angles at large positions need fp32 whatever the precision of matrix products is.
-    keep_fp32 = True
-
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
         self.theta = nn.Parameter(torch.empty(num_heads, head_dim))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LRPE:
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
-
-        return super()._apply(keep_wide, recurse)
 
     def forward(self, x_BNHd: Tensor, positions_BN: Tensor) -> Tensor:
         """`[B, N, H, d]` -> `[B, N, H, 2d]` in the dtype of x."""

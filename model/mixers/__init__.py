@@ -3,4 +3,7 @@
 MIXERS = {
     "softmax": "model.mixers.softmax:Softmax",
     "lightning": "model.mixers.lightning:Lightning",
+    "minimax": "model.mixers.minimax:MiniMax",
+    "norm_linear": "model.mixers.norm_linear:NormLinear",
+    "diag_block": "model.mixers.diag_block:DiagBlock",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels.lightning import decay_slopes, lightning_attention, lightning_attention_recurrent
 from model.context import Context
-from model.layer import Mixer, Packed, Site, gate_heads
+from model.layer import HFName, Mixer, Packed, Site, gate_heads, incoming_state
 from model.mixers.softmax import nearest_divisor
 from model.norms import make_norm
 from model.positions import LRPE
@@ -71,7 +72,7 @@ class Lightning(Mixer):
     is scaled by 1/sqrt(d); there are no biases.
     """
 
-    Config = LightningConfig
+    Config: ClassVar[type] = LightningConfig
     context = "state"
     bidirectional = False
     examples = [
@@ -88,7 +89,9 @@ class Lightning(Mixer):
         "lrpe.theta": "heads",
         "slopes": "heads",
     }
-    hf = {f"{x}.weight": Packed("token_mixer.qkvu_proj.weight", part, 4) for part, x in enumerate("qkvu")} | {
+    hf: ClassVar[Mapping[str, HFName]] = {
+        f"{x}.weight": Packed("token_mixer.qkvu_proj.weight", part, 4) for part, x in enumerate("qkvu")
+    } | {
         "o.weight": "token_mixer.out_proj.weight",
         "lrpe.theta": "token_mixer.lrpe.theta",
     }
@@ -131,12 +134,12 @@ class Lightning(Mixer):
             k_BNHd,
             v_BNHe,
             self.slopes,
-            initial_state=self._incoming_state(ctx, cache),
+            initial_state=incoming_state(ctx, cache),
             documents=ctx.documents,
         )
         if cache is not None:
             cache["state"] = state_BHde
-        gated_BNHe = (self.norm(out_BNHe.flatten(2)) * self.u(x)).unflatten(-1, (-1, self.value_head_dim))
+        gated_BNHe = (self.norm(out_BNHe.flatten(2)) * self._gate(x)).unflatten(-1, (-1, self.value_head_dim))
         return self.o(gate_heads(gated_BNHe, head_gate).flatten(2))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
@@ -155,14 +158,9 @@ class Lightning(Mixer):
             q_BNHd, k_BNHd = self.lrpe(q_BNHd, ctx.positions), self.lrpe(k_BNHd, ctx.positions)
         return q_BNHd, k_BNHd, v_BNHe
 
-    def _incoming_state(self, ctx: Context, cache: dict[str, Any] | None) -> Tensor | None:
-        """The cached state, cleared where the new tokens open another document; None where nothing came before."""
-        state_BHde = None if cache is None else cache.get("state")
-        if state_BHde is None or ctx.documents is None:
-            return state_BHde
-        assert ctx.previous_documents is not None
-        continues_B = ctx.documents[:, 0] == ctx.previous_documents
-        return state_BHde * continues_B[:, None, None, None]
+    def _gate(self, x: Tensor) -> Tensor:
+        """What the normed output `[B, N, H e]` is multiplied by."""
+        return self.u(x)
 
     def flops(self, n: int) -> float:
         key_dim = self.head_dim * (1 if self.lrpe is None else 2)

@@ -158,8 +158,13 @@ class Softmax(Mixer):
             k_BNGd = rotate(k_BNGd, ctx.shared[self._rotary])
         return q_BNHd, k_BNGd, v_BNGd
 
+    def first_seen(self, place: int) -> int:
+        return 0 if self.config.window is None else max(0, place - self.config.window + 1)
+
     def flops(self, n: int) -> float:
-        keys = n / 2 if self.config.window is None else min(n / 2, self.config.window)
+        window = min(n, self.config.window or n)
+        # On the mean over the queries; each counts itself by half, so that without a window they are n / 2.
+        keys = (window**2 / 2 + (n - window) * (window - 0.5)) / n
         return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim
 
 

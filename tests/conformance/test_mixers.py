@@ -53,14 +53,16 @@ def test_a_token_sees_itself_and_the_past_but_nothing_later(kind: str, example: 
     model = small_model(kind, example)
     tokens = torch.randint(VOCAB, (1, 23))
     embedded = model.embedding(tokens).detach().requires_grad_(True)
-    ctx = model.context(tokens)
-    mixed = model.layers["0"].mixer(embedded, ctx)
+    ctx, mixer = model.context(tokens), model.layers["0"].mixer
+    mixed = mixer(embedded, ctx)
     for place in range(23):
         (gradient,) = torch.autograd.grad(mixed[0, place].sum(), embedded, retain_graph=True)
         reached = gradient[0].abs().sum(-1)
         assert reached[place] > 0, f"token {place} does not see itself"
         assert (reached[place + 1 :] == 0).all(), f"token {place} sees the future"
-        if place:
+        first = mixer.first_seen(place)
+        assert (reached[:first] == 0).all(), f"token {place} sees what comes before token {first}"
+        if place > first:
             assert reached[place - 1] > 0, f"token {place} does not see the one before it"
 
 
@@ -195,10 +197,10 @@ def test_declared_flops_are_those_of_the_reference(kind: str, example: int) -> N
         mixer.reference(x, ctx)
     counted = counter.get_total_flops() / n
     linear, declared = mixer.linear_flops(), mixer.flops(n)
-    if mixer.context == "kv":
-        window = getattr(mixer.config, "window", None)
-        # The reference multiplies every query with every key; a causal query is declared to see n / 2 of them.
-        seen = n / 2 if window is None else min(n / 2, window)
+    if mixer.context != "state":
+        # The reference multiplies every query with every key. Of those that a causal query sees, itself is counted by
+        # half, so that without a bound they are n / 2.
+        seen = sum(place + 0.5 - mixer.first_seen(place) for place in range(n)) / n
         counted = linear + (counted - linear) * seen / n
     assert declared == pytest.approx(counted, rel=1e-12)
 
