@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 .PHONY: help install quickstart test check mutations format clean
 
 help:
-	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report"
+	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report, export"
 	@echo "make test                    the tests (CPU, no network, at most 15 minutes on 2 cores)"
 	@echo "make check                   format, lint, types, floors, links"
 	@echo "make mutations               plant faults in copies of the code and see the tests fail (some minutes)"
@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 install: $(VENV)/installed
 
 quickstart:
-	@echo "[1/10] make $(VENV)/ and install $(TORCH) and the packages of constraints.txt"
+	@echo "[1/12] make $(VENV)/ and install $(TORCH) and the packages of constraints.txt"
 	@began=$$(date +%s); $(MAKE) --no-print-directory install TORCH='$(TORCH)'; \
 	echo "      ($$(( $$(date +%s) - began )) s)"
 	@$(BIN)/python -m launch.quickstart

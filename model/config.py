@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from dataclasses import dataclass, field
@@ -27,13 +28,17 @@ class ModelConfig:
     positions: Literal["rope", "learned", "none"] = "rope"
     """Rotary in the mixers that know it, learned vectors added to the embedding, or none."""
     max_positions: int = 0
-    """How many learned positions there are."""
+    """The longest sequence it is for, which goes into exports; with learned positions, how many there are."""
     norm: Literal["rmsnorm", "srmsnorm", "layernorm"] = "rmsnorm"
     """The norm before each mixer and feed-forward and before the head."""
     norm_eps: float = 1e-6
     """Added to the mean square inside the root."""
-    residual: Literal["sequential", "parallel"] = "sequential"
-    """x + mixer, then + feed-forward; or both on the same normalised input."""
+    residual: Literal["sequential", "parallel", "normalised"] = "sequential"
+    """x + mixer, then + feed-forward; or both on the same normalised input; or one after the other, each added to its
+    own normalised input."""
+    residual_factors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """With "normalised": what multiplies the normalised input and the layer's output, for mixers and feed-forwards by
+    their names in the patterns. Default: [1.0, 1.0] each."""
     bias: bool = False
     """Biases in linear maps (but those of Lightning, which has none)."""
     tie_embeddings: bool = False
@@ -45,7 +50,11 @@ class ModelConfig:
     init_depth_scaled: bool = False
     """Output projections start smaller by sqrt(2 num_layers)."""
     init_from: str | None = None
-    """A run or step folder whose weights are the initial ones; [model] may then be left out."""
+    """A run, step or Hugging Face folder whose weights are the initial ones; [model] may then be left out."""
+
+    def factors(self, name: str) -> tuple[float, float]:
+        """What multiplies the normalised input, and the output, of the mixer or feed-forward of that name."""
+        return self.residual_factors.get(name, (1.0, 1.0))
 
 
 @dataclass
@@ -101,12 +110,40 @@ class Architecture:
                 "model.feedforward_pattern", m.feedforward_pattern or default, m.num_layers, self.feedforwards
             )
             faults += problems
+        faults += self._factor_faults()
         sections = (("mixers", self.mixers), ("feedforwards", self.feedforwards))
         for section, parts in sections:
             for name, (_, settings) in parts.items():
                 check = getattr(settings, "faults", None)
                 if check is not None and m.d_model >= 1:
                     faults += [f"{section}.{name}.{fault}" for fault in check(m.d_model)]
+        return faults
+
+    def _factor_faults(self) -> list[str]:
+        """Factors that would scale nothing, or two things of one name."""
+        m, key = self.model, "model.residual_factors"
+        if not m.residual_factors:
+            return []
+        if m.residual != "normalised":
+            return [
+                f'{key} is for model.residual = "normalised", and it is "{m.residual}": leave the factors out, or take '
+                'model.residual = "normalised".'
+            ]
+        mixers, feedforwards = dict.fromkeys(self.mixer_names), dict.fromkeys(self.feedforward_names)
+        if not mixers or not feedforwards:
+            return []  # What is wrong with the patterns has been said.
+        faults = []
+        for name in m.residual_factors:
+            if name not in mixers | feedforwards:
+                near = difflib.get_close_matches(name, mixers | feedforwards, n=1, cutoff=0.0)[0]
+                faults.append(
+                    f"{key} names {name!r}, which is in no layer: the patterns have "
+                    f"{', '.join(mixers | feedforwards)}; the nearest is {near!r}."
+                )
+            elif name in mixers and name in feedforwards:
+                faults.append(
+                    f"{key} names {name!r}, which is both a mixer and a feed-forward: give one of them another name."
+                )
         return faults
 
 

@@ -41,7 +41,9 @@ def decode(
     padded = len({len(prompt) for prompt in prompts}) > 1
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = Cache()
-    logits = model(tokens, documents=documents if padded else None, positions=positions, cache=cache)[:, -1]
+    # The head is for the last token alone: over a long prompt the logits of all would outweigh everything else.
+    x = model.hidden(tokens, documents=documents if padded else None, positions=positions, cache=cache)
+    logits = model.logits(x[:, -1])
     continuations: list[list[int]] = [[] for _ in prompts]
     open_ones = set(range(len(prompts)))
     for _ in range(max_tokens):

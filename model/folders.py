@@ -84,14 +84,14 @@ def newest_complete(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The step folder that MODEL means: a step folder itself, or the newest complete one of a run folder.
+    """The step folder that MODEL means: a step folder itself (whatever its name), or the newest complete one of a run.
 
     Raises:
         ValueError: nothing there, or nothing complete.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist: expected a run folder or a step folder.")
-    if step_of(path) is not None:
+        raise ValueError(f"{path} does not exist: expected a run folder, a step folder or a Hugging Face folder.")
+    if step_of(path) is not None or (path / MANIFEST).is_file():
         if faults := check_files(path, hashes=True):
             raise ValueError(" ".join(faults))
         return path
@@ -100,8 +100,7 @@ def find_checkpoint(path: Path) -> Path:
         if folder is None:
             raise ValueError(" ".join([f"{path} is a run folder without a complete checkpoint.", *passed_over]))
         return folder
-    if (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} is a Hugging Face folder, which this version does not read: give a run or step folder."
-        )
-    raise ValueError(f"{path} is neither a run folder (with checkpoints/) nor a step folder (step-00000100).")
+    raise ValueError(
+        f"{path} is neither a run folder (with checkpoints/) nor a step folder (with {MANIFEST}) nor a Hugging Face "
+        "folder (with config.json)."
+    )

@@ -35,11 +35,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Packed:
-    """Part `part` of the `parts` equal row groups of one matrix in a Hugging Face checkpoint."""
+    """Part `part` of the `parts` equal row groups of one matrix in a Hugging Face checkpoint.
+
+    With `per_head` the groups lie inside each of the layer's `num_heads` heads, `[H, parts, d]`, rather than one after
+    the other, `[parts, H, d]`.
+    """
 
     name: str
     part: int
     parts: int
+    per_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,10 @@ class Mixer(Layer):
     examples: ClassVar[list[dict[str, Any]]] = [{"num_heads": 4}]
     output_projection = "o"
 
+    def first_seen(self, place: int) -> int:
+        """The first token of a document that the causal query at `place` sees."""
+        return 0
+
     def prepare(self, ctx: Context) -> None:
         """Share with the other layers, before the first block, what need not be computed in each of them."""
 
@@ -143,3 +152,14 @@ class FeedForward(Layer):
 def gate_heads(out_BNHe: Tensor, head_gate: Tensor | None) -> Tensor:
     """Scale each head's output by its gate, `[H]` or `[B, N, H]`; no gate is a gate of 1."""
     return out_BNHe if head_gate is None else out_BNHe * head_gate.to(out_BNHe.dtype).unsqueeze(-1)
+
+
+def incoming_state(ctx: Context, cache: dict[str, Any] | None) -> Tensor | None:
+    """A recurrent mixer's cached `state` `[B, H, d, e]`, cleared where the new tokens open another document; None where
+    nothing came before."""
+    state_BHde = None if cache is None else cache.get("state")
+    if state_BHde is None or ctx.documents is None:
+        return state_BHde
+    assert ctx.previous_documents is not None
+    continues_B = ctx.documents[:, 0] == ctx.previous_documents
+    return state_BHde * continues_B[:, None, None, None]

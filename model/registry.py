@@ -18,6 +18,13 @@ def find_layer(section: str, name: str, kind: str, *, allow_code: bool) -> type[
     return find(kind, registry, what, allow_code=allow_code)
 
 
+def kind_of(section: str, cls: type[Layer]) -> str:
+    """The `kind` that a configuration names this class by: `find_layer` undone."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    kinds = {path: kind for kind, path in (MIXERS if section == "mixers" else FEEDFORWARDS).items()}
+    return kinds.get(path, path)
+
+
 def find(kind: str, registry: dict[str, str], what: str, *, allow_code: bool) -> type[Layer]:
     """The class registered as `kind`, or a user's own where `kind` is `package.module:Class`.
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from model.config import Architecture, ModelConfig
-from model.registry import find_layer
+from model.registry import find_layer, kind_of
 
 Settings = TypeVar("Settings")
 
@@ -90,6 +90,16 @@ def build_architecture(
     architecture = Architecture(model, layers["mixers"], layers["feedforwards"])
     faults += architecture.resolve()
     return model, architecture if len(faults) == count else None
+
+
+def architecture_tables(architecture: Architecture) -> dict[str, Any]:
+    """`[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` as tables, kinds included."""
+    tables: dict[str, Any] = {"model": without_none(architecture.model)}
+    for section, parts in (("mixers", architecture.mixers), ("feedforwards", architecture.feedforwards)):
+        tables[section] = {
+            name: {"kind": kind_of(section, cls)} | without_none(settings) for name, (cls, settings) in parts.items()
+        }
+    return tables
 
 
 def without_none(value: Any) -> Any:

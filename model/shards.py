@@ -1,4 +1,4 @@
-"""Reading torch.distributed.checkpoint files without trusting them.
+"""Reading torch.distributed.checkpoint files without trusting them, and writing them tensor by tensor.
 
 The library pickles `.metadata` and every entry that is no tensor, and loads both without restriction. Ours hold
 tensors only: `.metadata` is read with an allow-list of types, in which those of other entries are missing.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
@@ -70,10 +73,43 @@ def read_tensors(state: dict[str, Any], folder: Path, *, alone: bool = False) ->
         dcp.load(state, storage_reader=TensorReader(folder), no_dist=alone)
 
 
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans with tensors on the meta device, and asks for the values of each when its turn has come."""
+
+    def __init__(self, read: Callable[[str], Tensor]):
+        super().__init__()
+        self.read = read
+
+    def lookup_object(self, index: Any) -> Any:
+        return self.read(index.fqn)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Write a checkpoint of tensors that need not all be in memory before.
+
+    Args:
+        tensors: by full name (`model.layers.0.mixer.q.weight`), on the meta device: shapes and dtypes.
+        read: gives the values of one of them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=_LazyPlanner(read), no_dist=True)
+
+
 def tensor_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     """Names (less the prefix) and shapes of the tensors stored under `prefix`."""
     entries = TensorReader(folder).read_metadata().state_dict_metadata
     return {name.removeprefix(prefix): tuple(entry.size) for name, entry in entries.items() if name.startswith(prefix)}
+
+
+def tensor_dtypes(folder: Path, prefix: str) -> dict[str, torch.dtype]:
+    """Names (less the prefix) and dtypes of the tensors stored under `prefix`."""
+    entries = TensorReader(folder).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(prefix): entry.properties.dtype
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def shape_faults(folder: Path, wanted: dict[str, tuple[int, ...]]) -> list[str]:

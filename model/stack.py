@@ -23,14 +23,18 @@ class Block(nn.Module):
         super().__init__()
         m = architecture.model
         site = architecture.site(layer)
-        mixer_class, mixer_config = architecture.mixers[architecture.mixer_names[layer]]
-        feedforward_class, feedforward_config = architecture.feedforwards[architecture.feedforward_names[layer]]
+        mixer_name, feedforward_name = architecture.mixer_names[layer], architecture.feedforward_names[layer]
+        mixer_class, mixer_config = architecture.mixers[mixer_name]
+        feedforward_class, feedforward_config = architecture.feedforwards[feedforward_name]
         self.layer = layer
-        self.parallel = m.residual == "parallel"
+        self.residual = m.residual
+        self.mixer_factors = m.factors(mixer_name)
+        self.feedforward_factors = m.factors(feedforward_name)
         self.mixer_norm = make_norm(m.norm, m.d_model, m.norm_eps)
         self.mixer = mixer_class(mixer_config, site)
         # In parallel both read the same normalised input.
-        self.feedforward_norm = nn.Identity() if self.parallel else make_norm(m.norm, m.d_model, m.norm_eps)
+        one_norm = m.residual == "parallel"
+        self.feedforward_norm = nn.Identity() if one_norm else make_norm(m.norm, m.d_model, m.norm_eps)
         self.feedforward = feedforward_class(feedforward_config, site)
 
     def forward(
@@ -38,8 +42,15 @@ class Block(nn.Module):
     ) -> Tensor:
         normed = self.mixer_norm(x)
         mixed = self.mixer(normed, ctx, cache, head_gate)
-        if self.parallel:
+        if self.residual == "parallel":
             return x + mixed + self.feedforward(normed)
+        if self.residual == "normalised":
+            # What is carried on is the normed input: nothing reaches the next block around a norm (MiniMax-01,
+            # arXiv 2501.08313).
+            kept, added = self.mixer_factors
+            normed = self.feedforward_norm(kept * normed + added * mixed)
+            kept, added = self.feedforward_factors
+            return kept * normed + added * self.feedforward(normed)
         x = x + mixed
         return x + self.feedforward(self.feedforward_norm(x))
 
@@ -80,13 +91,25 @@ class Model(nn.Module):
             cache: what was consumed before; updated in place.
             head_gates: layer index -> a factor `[H]` or `[B, N, H]` for each head's contribution.
         """
+        return self.logits(self.hidden(tokens, documents, positions, cache, causal, head_gates))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        causal: bool = True,
+        head_gates: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The residual stream `[B, N, D]` after the last block; `forward` is `logits(hidden(...))`."""
         ctx = self.context(tokens, documents, positions, cache, causal)
         ctx.head_gates = head_gates or {}
         x = self.embed(tokens, ctx)
         for block in self.layers.values():
             remembered = None if cache is None else cache.layer(block.layer)
             x = block(x, ctx, remembered, ctx.head_gates.get(block.layer))
-        return self.logits(x)
+        return x
 
     def context(
         self,
@@ -161,7 +184,9 @@ class Model(nn.Module):
     def _check_bidirectional(self) -> None:
         one_way = sorted({type(b.mixer).__name__ for b in self.layers.values() if not b.mixer.bidirectional})
         if one_way:
-            raise ValueError(f"causal = False, but {', '.join(one_way)} can only look back; use softmax layers.")
+            raise ValueError(
+                f"causal = False, but {', '.join(one_way)} can only look back; softmax layers look both ways."
+            )
 
 
 def all_inits(model: nn.Module) -> dict[str, Init]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,6 +45,14 @@ def initialise(model: Model, seed: int, device: torch.device) -> None:
             local, rows, columns = _held(parameter)
             part = draw(name, inits[name], parameter.shape, seed, rows)
             local.copy_(part[(slice(None), *columns)])
+
+
+def fill(model: Model, read: Callable[[str], Tensor]) -> None:
+    """Copy values into a model, in whatever layout it is. `read` gives a whole parameter by its name."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local, rows, columns = _held(parameter)
+            local.copy_(read(name)[rows.start : rows.stop][(slice(None), *columns)])
 
 
 def _held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:

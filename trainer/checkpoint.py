@@ -22,8 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
+from model.hf.source import Source, StepFolder
 from model.shards import read_tensors, tensor_shapes
 from model.stack import Model
+from parallel.data import fill
 from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training
 from trainer.config import CheckpointConfig
 
@@ -63,9 +65,13 @@ def load_training_state(folder: Path, model: Model, optimizer: torch.optim.Optim
     return Counters(**{key: int(value) for key, value in state["counters"].items()})
 
 
-def load_weights(folder: Path, model: Model) -> None:
-    """Read only the weights of a step folder into the model, in whatever layout it is. Collective."""
-    read_tensors({"model": dict(model.named_parameters())}, folder)
+def load_weights(source: Source, model: Model) -> None:
+    """Read only the weights of MODEL into a model, in whatever layout it is. Collective."""
+    if isinstance(source, StepFolder):
+        read_tensors({"model": dict(model.named_parameters())}, source.folder)
+    else:
+        weights = source.weights(model.architecture)
+        fill(model, lambda name: weights.read([name])[name])
 
 
 class CheckpointWriter:

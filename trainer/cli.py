@@ -19,6 +19,8 @@ COMMANDS = {
     "train": ("trainer.commands.train:train", "train; resumes by itself"),
     "eval": ("trainer.commands.eval:evaluate", "loss, perplexity, bits per byte"),
     "generate": ("trainer.commands.generate:generate", "continue a prompt"),
+    "convert to-hf": ("trainer.commands.convert:to_hf", "a model as a Hugging Face folder, checked"),
+    "convert from-hf": ("trainer.commands.convert:from_hf", "a Hugging Face folder as a step folder, checked"),
     "report": ("trainer.commands.report:report", "one HTML page about a run"),
     "doctor": ("trainer.commands.doctor:doctor", "what is installed and fast, what is missing"),
 }

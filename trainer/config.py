@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.config import Architecture, ModelConfig
-from model.settings import build, build_architecture, without_none
+from model.settings import architecture_tables, build, build_architecture, without_none
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
@@ -158,28 +158,12 @@ class Config:
         """Nested tables of every setting, defaults included, that read back as the same configuration."""
         tables = {name: without_none(getattr(self, name)) for name in SECTIONS}
         tables["data"]["samples"] = self.samples
-        return tables | model_tables(self.architecture)
+        return tables | architecture_tables(self.architecture)
 
     def to_toml(self) -> str:
         import tomli_w
 
         return tomli_w.dumps(self.tables())
-
-
-def model_tables(architecture: Architecture) -> dict[str, Any]:
-    """`[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` as tables, kinds included."""
-    from model.feedforward import FEEDFORWARDS
-    from model.mixers import MIXERS
-
-    tables: dict[str, Any] = {"model": without_none(architecture.model)}
-    sections = (("mixers", architecture.mixers, MIXERS), ("feedforwards", architecture.feedforwards, FEEDFORWARDS))
-    for section, parts, registry in sections:
-        kinds = {path: kind for kind, path in registry.items()}
-        tables[section] = {}
-        for name, (cls, settings) in parts.items():
-            path = f"{cls.__module__}:{cls.__qualname__}"
-            tables[section][name] = {"kind": kinds.get(path, path)} | without_none(settings)
-    return tables
 
 
 def load_config(
@@ -284,18 +268,27 @@ def _take_model_from_source(tables: dict[str, Any]) -> list[str]:
     source = tables.get("model", {}).get("init_from")
     if not isinstance(source, str):
         return []
-    from model.folders import find_checkpoint
+    from model.hf.source import open_model
 
     try:
-        theirs = tomllib.loads((find_checkpoint(Path(source)) / "config.toml").read_text())
+        theirs = open_model(source).tables
     except (ValueError, OSError) as error:
-        return [f"model.init_from = {source!r}: {error}"]
+        # A run that goes on no longer needs it; one that begins is refused when it looks for the weights.
+        complete = {"d_model", "num_layers", "vocab_size"} <= tables["model"].keys()
+        return [] if complete else [f"model.init_from = {source!r}: {error}"]
+    faults = []
     tables["model"] = theirs["model"] | tables["model"]
     for section in ("mixers", "feedforwards"):
         ours = tables.get(section, {})
         merged = {name: table | ours.get(name, {}) for name, table in theirs[section].items()}
+        faults += [
+            f"{section}.{name}.kind = {table['kind']!r} would import code that model.init_from names: write it into "
+            "your own configuration if you trust it."
+            for name, table in merged.items()
+            if ":" in str(table.get("kind", "")) and "kind" not in ours.get(name, {})
+        ]
         tables[section] = merged | {name: table for name, table in ours.items() if name not in merged}
-    return []
+    return faults
 
 
 def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list[str]:

@@ -60,6 +60,8 @@ def type_name(hint: Any) -> str:
         return " or ".join(type_name(part) for part in arguments if part is not type(None))
     if origin is list:
         return f"list of {type_name(arguments[0])}"
+    if origin is dict:
+        return f"table of {type_name(arguments[1])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {', '.join(map(type_name, arguments))}"
     if dataclasses.is_dataclass(hint):

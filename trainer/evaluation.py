@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.folders import find_checkpoint
-from model.hf import load
+from model.config import ModelConfig
+from model.hf.loading import load_source
+from model.hf.source import Source, open_model
 from model.objective import NextToken
 from model.settings import build
 from model.stack import Model
@@ -75,38 +76,55 @@ def evaluate(
     Raises:
         ValueError: a dataset that cannot be read, or was made with another tokenizer than the model's.
     """
-    model, tables = load(path, device=device, allow_code=allow_code)
-    faults: list[str] = []
-    trained_on = build(DataConfig, "data", tables.get("data", {}), faults)
-    if trained_on is None:
-        raise ValueError(" ".join(faults))
-    config = replace(trained_on, seq_len=seq_len or trained_on.seq_len)
-    folder = find_checkpoint(path) / "tokenizer"
-    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
-    if prefixes:
-        config = replace(config, train=list(prefixes), validation=list(prefixes), split=None)
-        if tokenizer is not None:
-            config = replace(config, tokenizer=str(folder))
-        faults = check_sources(replace(config, seq_len=1), model.architecture.model.vocab_size)
-        if faults:
-            raise ValueError("\n".join(faults))
-    elif not (config.validation or config.split):
-        raise ValueError(f"{path} has no validation data of its own: give --data PREFIX.")
-    vocab_size = model.architecture.model.vocab_size
-    sources = validation_sets(config, vocab_size=vocab_size)
+    source = open_model(path)
+    shape = source.architecture(allow_code=allow_code).model
+    trained_on, config = _data_config(source, prefixes, seq_len, shape)
+    if baselines and not trained_on.train:
+        raise ValueError(
+            f"{source.folder} names no training data, so there is nothing to count: leave --baselines out."
+        )
+    model = load_source(source, device=device, allow_code=allow_code)
+    tokenizer = load_tokenizer(source.tokenizer) if source.tokenizer is not None else None
+    sources = validation_sets(config, vocab_size=shape.vocab_size)
     scores = [
-        _score(name, model, source, _text_bytes(source, tokenizer, config), batch_size)
-        for name, source in sources.items()
+        _score(name, model, data, _text_bytes(data, tokenizer, config), batch_size) for name, data in sources.items()
     ]
     if len(scores) > 1:
         scores.append(total("total", scores))
     if baselines:
         if tokenizer is None and (recorded := recorded_tokenizer(trained_on.training_sources()[0].path)):
             tokenizer = load_tokenizer(recorded)
-        counted = NgramBaselines.count(training_documents(trained_on), vocab_size)
-        text_bytes = [_text_bytes(source, tokenizer, config) for source in sources.values()]
+        counted = NgramBaselines.count(training_documents(trained_on), shape.vocab_size)
+        text_bytes = [_text_bytes(data, tokenizer, config) for data in sources.values()]
         scores += _baseline_scores(counted, list(sources.values()), text_bytes, batch_size)
     return scores
+
+
+def _data_config(
+    source: Source, prefixes: list[str], seq_len: int | None, model: ModelConfig
+) -> tuple[DataConfig, DataConfig]:
+    """The data that MODEL was trained on, and what it is scored on.
+
+    Raises:
+        ValueError: nothing to score on, data that cannot be read or has another tokenizer, or too long a sequence.
+    """
+    faults: list[str] = []
+    trained_on = build(DataConfig, "data", source.tables.get("data", {}), faults)
+    if trained_on is None:
+        raise ValueError(" ".join(faults))
+    longest = model.max_positions or trained_on.seq_len
+    if seq_len is not None and model.positions == "learned" and seq_len > longest:
+        raise ValueError(f"--seq-len {seq_len} is more than the {longest} positions that this model has learned.")
+    config = replace(trained_on, seq_len=seq_len or min(trained_on.seq_len, longest))
+    if prefixes:
+        config = replace(config, train=list(prefixes), validation=list(prefixes), split=None)
+        if source.tokenizer is not None:
+            config = replace(config, tokenizer=str(source.tokenizer))
+        if faults := check_sources(replace(config, seq_len=1), model.vocab_size):
+            raise ValueError("\n".join(faults))
+    elif not (config.validation or config.split):
+        raise ValueError(f"{source.folder} has no validation data of its own: give --data PREFIX.")
+    return trained_on, config
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ class Plan:
     """What the first rank decided for all.
 
     Attributes:
-        resume_from: the step folder to continue, if any; init_from: the one to take only weights from.
+        resume_from: the step folder to continue, if any; init_from: the folder to take only weights from.
         precision: of matrix products.
         cache_dir: where the data order is kept; samples: over how many it is fixed.
         fingerprint: of the data. already_done: a sentence, when there is nothing left to do.
@@ -99,6 +99,11 @@ def _resume_faults(config: Config, plan: Plan) -> list[str]:
     assert plan.resume_from is not None
     manifest = read_manifest(plan.resume_from)
     theirs = tomllib.loads((plan.resume_from / "config.toml").read_text())
+    if "data" not in theirs:
+        return [
+            f"{plan.resume_from} holds weights, no optimizer and no place in the data, so no run goes on from it: "
+            f'begin one with model.init_from = "{plan.resume_from}".'
+        ]
     allowed = config.run.allow_change
     step = step_of(plan.resume_from) or 0
     plan.already_done = _nothing_left(config, theirs, step)
@@ -165,15 +170,16 @@ def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _initial_weights(config: Config, plan: Plan) -> list[str]:
-    from model.folders import find_checkpoint
-    from trainer.run import check_weights_fit
+    from model.hf.source import open_model
 
     assert config.model.init_from is not None
     try:
-        plan.init_from = find_checkpoint(Path(config.model.init_from))
+        source = open_model(config.model.init_from)
+        source.weights(config.architecture)
     except ValueError as error:
         return [f"model.init_from: {error}"]
-    return check_weights_fit(plan.init_from, config, "model.init_from")
+    plan.init_from = source.folder
+    return []
 
 
 def prepare_run_folder(config: Config, plan: Plan) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from model.files import write_json
+from model.hf.source import open_model
 from model.objective import OBJECTIVES
-from model.shards import shape_faults
 from model.stack import Model
 from parallel.data import initialise, spread, sum_over_ranks
 from parallel.mesh import Layout, build_mesh, resolve_layout
@@ -167,7 +167,7 @@ def _restore(plan: Plan, model: Model, optimizer: torch.optim.Optimizer) -> Coun
     if plan.resume_from is not None:
         return load_training_state(plan.resume_from, model, optimizer)
     if plan.init_from is not None:
-        load_weights(plan.init_from, model)
+        load_weights(open_model(plan.init_from), model)
     return Counters()
 
 
@@ -226,14 +226,6 @@ def build_model(config: Config, layout: Layout, process: Process, precision: str
     model = spread(model, build_mesh(layout, process.device_type), bf16=precision == "bf16")
     initialise(model, config.run.seed, process.device)
     return model
-
-
-def check_weights_fit(folder: Path, config: Config, key: str) -> list[str]:
-    """Whether the weights stored in `folder` are those of this model: a sentence for each tensor that differs."""
-    with torch.device("meta"):
-        model = Model(config.architecture)
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return [f"{key}: {fault}" for fault in shape_faults(folder, wanted)]
 
 
 def _validation(

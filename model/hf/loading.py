@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.folders import find_checkpoint
-from model.settings import build_architecture
-from model.shards import read_tensors, shape_faults
+from model.hf.source import Source, open_model
 from model.stack import Model
 
 
@@ -24,24 +21,31 @@ def load(
     """A model with its weights, in evaluation mode, and the tables of its configuration.
 
     Args:
-        path: a run folder (its newest complete checkpoint) or a step folder.
-        dtype: of the weights.
+        path: a run folder (its newest complete checkpoint), a step folder or a Hugging Face folder.
+        dtype: of the weights, but those that stay in fp32 in every model (the angles of LRPE).
         allow_code: whether a layer class that the configuration names by import path may be imported.
 
     Raises:
-        ValueError: no complete checkpoint there, or one that does not fit its own configuration.
+        ValueError: nothing complete there, or weights that do not fit their own configuration.
     """
-    folder = find_checkpoint(Path(path))
-    config = tomllib.loads((folder / "config.toml").read_text())
-    faults: list[str] = []
-    _, architecture = build_architecture(config, faults, allow_code=allow_code)
-    if architecture is None:
-        raise ValueError(f"{folder / 'config.toml'}: " + " ".join(faults))
+    source = open_model(path)
+    return load_source(source, device=device, dtype=dtype, allow_code=allow_code), source.tables
+
+
+def load_source(
+    source: Source,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_code: bool = False,
+) -> Model:
+    """As `load`, from a source that is open. Parameters are read one at a time: the model is in memory once."""
+    architecture = source.architecture(allow_code=allow_code)
+    weights = source.weights(architecture)
     with torch.device("meta"):
-        model = Model(architecture)
-    parameters = dict(model.named_parameters())
-    if faults := shape_faults(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}):
-        raise ValueError(" ".join(faults))
+        model = Model(architecture).to(dtype)
     model.to_empty(device=device)
-    read_tensors({"model": dict(model.named_parameters())}, folder, alone=True)
-    return model.to(dtype).eval(), config
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read([name])[name])
+    return model.eval()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Place:
 
     Attributes:
         part, parts: which of how many row groups, counted as Headway lays rows out.
+        heads: the groups lie one after the other in each of so many equal spans of rows.
         transposed: the checkpoint holds `[inputs, outputs]`, so groups of rows are groups of columns there.
         middle_axis: the checkpoint holds `[H, d]` as `[H, 1, d]`.
     """
@@ -33,6 +35,7 @@ class Place:
     name: str
     part: int = 0
     parts: int = 1
+    heads: int = 1
     transposed: bool = False
     middle_axis: bool = False
 
@@ -45,7 +48,10 @@ class Place:
 
     def lay_out(self, parts: list[Tensor]) -> Tensor:
         """The whole tensor there, from its parts here in their order."""
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0]
+        if len(parts) > 1:
+            # [heads, parts, rows, ...]
+            whole = torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 2)
         if self.middle_axis:
             whole = whole.unsqueeze(1)
         return whole.t() if self.transposed else whole
@@ -55,7 +61,7 @@ class Place:
         whole = whole.t() if self.transposed else whole
         if self.middle_axis:
             whole = whole.squeeze(1)
-        return whole.chunk(self.parts)[self.part].contiguous()
+        return whole.unflatten(0, (self.heads, self.parts, -1))[:, self.part].flatten(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,9 @@ class Family:
         modules: Headway's module name -> the name there; `{}` is the layer. What is missing has no name there.
         layer: prefix of what stands inside a layer.
         places: name in a layer's `hf` table -> where this family keeps it instead.
-        buffers: patterns of tensors that are no parameters, which older checkpoints hold.
+        buffers: patterns of tensors that are no parameters, which some checkpoints hold: passed over.
+        fillers: a matrix of one row that a checkpoint holds beside the other one named, with as many columns, and
+            whose values make no difference. Both are names inside a layer. Passed over, and written as zeros.
     """
 
     base: str
@@ -75,23 +83,29 @@ class Family:
     layer: str
     places: dict[str, Place] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    fillers: dict[str, str] = field(default_factory=dict)
 
 
 HEAD = "lm_head.weight"
 
+OWN = "headway"
+"""The family that keeps our own names, below the prefix of the class of transformers around the model."""
+
 # Wherever a Lightning layer stands: its angles have an axis between heads and channels there.
 _EVERYWHERE = {"token_mixer.lrpe.theta": Place("token_mixer.lrpe.theta", middle_axis=True)}
+
+_LLAMA_MODULES = {
+    "embedding": "model.embed_tokens",
+    "layers.{}.mixer_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.feedforward_norm": "model.layers.{}.post_attention_layernorm",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
 
 FAMILIES = {
     "llama": Family(
         base="model.",
-        modules={
-            "embedding": "model.embed_tokens",
-            "layers.{}.mixer_norm": "model.layers.{}.input_layernorm",
-            "layers.{}.feedforward_norm": "model.layers.{}.post_attention_layernorm",
-            "final_norm": "model.norm",
-            "head": "lm_head",
-        },
+        modules=_LLAMA_MODULES,
         layer="model.layers.{}.",
         places=_EVERYWHERE,
         buffers=("model.layers.*.self_attn.rotary_emb.inv_freq",),
@@ -132,6 +146,23 @@ FAMILIES = {
         },
         buffers=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
     ),
+    # As transformers 5 writes it; in memory it renames and packs the experts. Every feed-forward is a mixture there;
+    # with one expert it is a plain feed-forward, since the router says 1 whatever its weights are.
+    "minimax": Family(
+        base="model.",
+        modules=_LLAMA_MODULES,
+        layer="model.layers.{}.",
+        places=_EVERYWHERE
+        | {
+            f"mlp.{ours}_proj.weight": Place(f"block_sparse_moe.experts.0.{theirs}.weight")
+            for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        },
+        # What they hold follows from the decay schedule: transformers computes it where it is missing.
+        buffers=tuple(
+            f"model.layers.*.self_attn.{name}" for name in ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+        ),
+        fillers={"block_sparse_moe.gate.weight": "block_sparse_moe.experts.0.w1.weight"},
+    ),
 }
 
 
@@ -140,7 +171,7 @@ def to_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -
 
     Args:
         tensors: every parameter of the model by Headway's name, each whole (no DTensor).
-        family: `llama` (also Qwen3, whose layers are named alike), `transnormer` or `gpt2`.
+        family: `llama` (also Qwen3, whose layers are named alike), `transnormer`, `gpt2` or `minimax`.
 
     Returns:
         Contiguous tensors of unchanged dtype; they may share memory with the given ones. A head that is tied to the
@@ -151,7 +182,7 @@ def to_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -
             left over or of another shape than the architecture says, all of them named.
     """
     known, shapes = places(architecture, family), parameter_shapes(architecture)
-    _check(tensors, shapes, "this model")
+    _check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, "this model")
     groups: dict[str, dict[int, str]] = {}
     for name, place in known.items():
         groups.setdefault(place.name, {})[place.part] = name
@@ -159,27 +190,56 @@ def to_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -
     for outside, parts in groups.items():
         names = [parts[part] for part in sorted(parts)]
         out[outside] = known[names[0]].lay_out([tensors[name] for name in names]).contiguous()
-    return out
+    some = next(iter(out.values()))
+    return out | {name: some.new_zeros(shape) for name, shape in fillers(architecture, family).items()}
 
 
 def from_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -> dict[str, Tensor]:
-    """A model's parameters by Headway's names, from the tensors of a Hugging Face checkpoint.
-
-    Args:
-        tensors: everything the checkpoint holds. Buffers of older versions are passed over, a head that is tied may
-            be there or not, and so may the family's prefix (`transformer.wte.weight` or `wte.weight`).
-        family: as in `to_hf`.
+    """A model's parameters by Headway's names, from the tensors of a Hugging Face checkpoint; see `match`.
 
     Returns:
         Contiguous tensors of unchanged dtype; they may share memory with the given ones.
+    """
+    known = places(architecture, family)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    keys = match(shapes, tensors.__getitem__, architecture, family)
+    return {name: place.take(tensors[keys[place.name]]) for name, place in known.items()}
+
+
+def match(
+    given: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], architecture: Architecture, family: str
+) -> dict[str, str]:
+    """Which tensor of a Hugging Face checkpoint is which: name in the family -> key in this checkpoint.
+
+    Args:
+        given: shapes of everything the checkpoint holds. What stands for no parameter is passed over, a head that is
+            tied may be there or not, and so may the family's prefix (`transformer.wte.weight` or `wte.weight`).
+        read: gives a tensor by its key.
+        family: as in `to_hf`.
 
     Raises:
-        ValueError: as `to_hf`; or a head that differs from the embedding in a model that ties them.
+        ValueError: as `to_hf`; a head that differs from the embedding in a model that ties them; or several experts.
     """
     known, shapes = places(architecture, family), parameter_shapes(architecture)
-    given = _parameters_of(tensors, architecture, FAMILIES[family])
-    _check(given, {place.name: place.shape(shapes[name]) for name, place in known.items()}, "the checkpoint")
-    return {name: place.take(given[place.name]) for name, place in known.items()}
+    keys = _parameter_keys(given, read, architecture, family)
+    found = {name: given[key] for name, key in keys.items()}
+    _check(found, {place.name: place.shape(shapes[name]) for name, place in known.items()}, "the checkpoint")
+    return keys
+
+
+def fillers(architecture: Architecture, family: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors that a checkpoint of the family holds and no parameter stands for: zeros say nothing there."""
+    if family == OWN:
+        return {}
+    shapes, known = parameter_shapes(architecture), places(architecture, family)
+    wholes = {place.name: place.shape(shapes[name]) for name, place in known.items()}
+    layers = [FAMILIES[family].layer.format(layer) for layer in range(architecture.model.num_layers)]
+    return {
+        layer + name: (1, *wholes[layer + beside][1:])
+        for layer in layers
+        for name, beside in FAMILIES[family].fillers.items()
+        if layer + beside in wholes
+    }
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -195,6 +255,8 @@ def places(architecture: Architecture, family: str) -> dict[str, Place]:
     Raises:
         ValueError: an unknown family, or parameters that have no name in it or that it cannot pack, all of them named.
     """
+    if family == OWN:
+        return {name: Place(f"model.{name}") for name in parameter_shapes(architecture)}
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, n=1, cutoff=0.0)
         raise ValueError(
@@ -228,18 +290,20 @@ def _place(name: str, architecture: Architecture, family: Family) -> Place | Non
         if part == "mixer"
         else (architecture.feedforward_names, architecture.feedforwards)
     )
-    layer_class, _ = parts[names[int(layer)]]
+    layer_class, settings = parts[names[int(layer)]]
     declared = layer_class.hf.get(inside)
     if declared is None:
         return None
-    place = family.places.get(declared, _declared(declared)) if isinstance(declared, str) else _declared(declared)
+    place = _declared(declared, settings)
+    if isinstance(declared, str):
+        place = family.places.get(declared, place)
     return replace(place, name=family.layer.format(layer) + place.name)
 
 
-def _declared(name: HFName) -> Place:
+def _declared(name: HFName, settings: Any) -> Place:
     """What a layer's own table says."""
     if isinstance(name, Packed):
-        return Place(name.name, name.part, name.parts)
+        return Place(name.name, name.part, name.parts, heads=settings.num_heads if name.per_head else 1)
     if isinstance(name, Transposed):
         return Place(name.name, transposed=True)
     return Place(name)
@@ -263,27 +327,40 @@ def _packing_faults(known: dict[str, Place], shapes: dict[str, tuple[int, ...]])
     return faults
 
 
-def _parameters_of(tensors: dict[str, Tensor], architecture: Architecture, family: Family) -> dict[str, Tensor]:
-    """The checkpoint's parameters under their full names: without buffers, and without a head that is tied."""
-    bare = not any(name.startswith(family.base) for name in tensors)
-    given = {family.base + name if bare and name != HEAD else name: tensor for name, tensor in tensors.items()}
-    given = {
-        name: tensor
-        for name, tensor in given.items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in family.buffers)
-    }
-    embedding = given.get(family.modules["embedding"] + ".weight")
-    if architecture.model.tie_embeddings and HEAD in given and embedding is not None:
-        if not torch.equal(given[HEAD], embedding):
+def _parameter_keys(
+    given: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], architecture: Architecture, name: str
+) -> dict[str, str]:
+    """Full name -> key of the checkpoint's parameters: without what is passed over, and a head that is tied."""
+    if name == OWN:
+        return {key: key for key in given}
+    family = FAMILIES[name]
+    bare = not any(key.startswith(family.base) for key in given)
+    keys = {family.base + key if bare and key != HEAD else key: key for key in given}
+    routers = _matching(keys, [family.layer.format("*") + filler for filler in family.fillers])
+    for full in sorted(routers):
+        if (experts := given[keys[full]][0]) != 1:
+            raise ValueError(
+                f"{keys[full]} in the checkpoint chooses among {experts} experts, and this version takes one expert "
+                "only: a checkpoint with num_local_experts = 1 can be read."
+            )
+    passed_over = routers | _matching(keys, family.buffers)
+    keys = {full: key for full, key in keys.items() if full not in passed_over}
+    embedding = keys.get(family.modules["embedding"] + ".weight")
+    if architecture.model.tie_embeddings and HEAD in keys and embedding is not None:
+        if not torch.equal(read(keys[HEAD]), read(embedding)):
             raise ValueError(
                 f"model.tie_embeddings = true, but the checkpoint's {HEAD} differs from its "
                 f"{family.modules['embedding']}.weight: set model.tie_embeddings = false."
             )
-        del given[HEAD]
-    return given
+        del keys[HEAD]
+    return keys
 
 
-def _check(given: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], what: str) -> None:
+def _matching(names: Iterable[str], patterns: Collection[str]) -> set[str]:
+    return {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _check(given: Mapping[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], what: str) -> None:
     """Raise ValueError naming every tensor that is missing, left over or of another shape."""
     faults = []
     if missing := _listed(wanted.keys() - given.keys()):
@@ -291,9 +368,9 @@ def _check(given: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], what: s
     if left_over := _listed(given.keys() - wanted.keys()):
         faults.append(f"left over in {what}, since the configuration has no place for them: {left_over}.")
     faults += [
-        f"{name} in {what} is {list(given[name].shape)}, expected {list(shape)}."
+        f"{name} in {what} is {list(given[name])}, expected {list(shape)}."
         for name, shape in wanted.items()
-        if name in given and tuple(given[name].shape) != shape
+        if name in given and given[name] != shape
     ]
     if faults:
         raise ValueError(" ".join(faults))

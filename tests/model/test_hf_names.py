@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.lightning import decay_slopes
+from model.cache import Cache
 from model.config import Architecture
 from model.hf.names import from_hf, places, to_hf
 from model.settings import build_architecture
@@ -185,6 +189,126 @@ def test_transnormer_packs_rows_as_queries_keys_values_gates_and_back() -> None:
         assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
+MINIMAX_LAYERS = ["minimax", "softmax", "minimax", "minimax"]
+
+
+def minimax_architecture(feedforward: str = "swiglu") -> Architecture:
+    """Linear attention first, grouped queries, six heads of a width that is not D / 6, no factor that is 1."""
+    tables = {
+        "model": {
+            "d_model": D,
+            "num_layers": len(MINIMAX_LAYERS),
+            "vocab_size": VOCAB,
+            "norm_eps": 1e-5,
+            "pattern": MINIMAX_LAYERS,
+            "residual": "normalised",
+            "residual_factors": {"minimax": [1.9, 0.7], "softmax": [1.6, 0.8], feedforward: [1.3, 1.2]},
+        },
+        "mixers": {
+            "minimax": {"num_heads": 6, "head_dim": 10},
+            "softmax": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10},
+        },
+        "feedforwards": {feedforward: {"d_ff": 48}},
+    }
+    faults: list[str] = []
+    _, built = build_architecture(tables, faults)
+    assert built is not None, faults
+    return built
+
+
+MINIMAX = {
+    "num_hidden_layers": len(MINIMAX_LAYERS),
+    "layer_types": ["full_attention" if name == "softmax" else "linear_attention" for name in MINIMAX_LAYERS],
+    "num_attention_heads": 6,
+    "head_dim": 10,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "block_size": 8,
+    "num_local_experts": 1,
+    "num_experts_per_tok": 1,
+    "linear_attn_alpha_factor": 1.9,
+    "linear_attn_beta_factor": 0.7,
+    "full_attn_alpha_factor": 1.6,
+    "full_attn_beta_factor": 0.8,
+    "mlp_alpha_factor": 1.3,
+    "mlp_beta_factor": 1.2,
+}
+MINIMAX_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+
+
+def test_minimax_from_a_folder_of_transformers(tmp_path: Path) -> None:
+    """Their decay is in fp32 whatever the model is in: it is made again from slopes rounded as ours are."""
+    built = minimax_architecture()
+    source = theirs("MiniMaxForCausalLM", **MINIMAX)
+    source.set_experts_implementation("eager")
+    for layer in source.model.layers:
+        if layer.block_type == "linear_attention":
+            slopes = decay_slopes("alibi_layer_minimax", 6, layer.layer_idx, len(MINIMAX_LAYERS))
+            rates = torch.tensor(slopes).double()[:, None, None]
+            for name, value in zip(MINIMAX_BUFFERS, (rates, *layer.self_attn.decay_factors(rates)), strict=True):
+                getattr(layer.self_attn, name).copy_(value)
+    source.save_pretrained(tmp_path)
+    tokens = torch.randint(VOCAB, (2, 29))
+    cache = Cache()
+    with torch.no_grad():
+        wanted = source(input_ids=tokens).logits
+        ours = native(built, from_hf(load_file(tmp_path / "model.safetensors"), built, "minimax"))
+        torch.testing.assert_close(ours(tokens), wanted, rtol=1e-10, atol=1e-10)
+        steps = [ours(part, cache=cache) for part in (tokens[:, :11], *tokens[:, 11:].split(1, dim=1))]
+        torch.testing.assert_close(torch.cat(steps, dim=1), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_minimax_into_a_folder_of_transformers(tmp_path: Path) -> None:
+    """In fp32, with nothing of theirs exchanged: the folder has all that it takes."""
+    built = minimax_architecture()
+    tensors = {name: 0.3 * tensor.float() for name, tensor in random_parameters(built).items()}
+    save_file(to_hf(tensors, built, "minimax"), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    transformers.MiniMaxConfig(**(SHAPE | MINIMAX)).save_pretrained(tmp_path)
+    model, loaded = transformers.MiniMaxForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
+    assert {name.rpartition(".")[2] for name in loaded["missing_keys"]} == set(MINIMAX_BUFFERS)
+    tokens = torch.randint(VOCAB, (2, 29))
+    with torch.no_grad():
+        wanted = native(built, tensors).float()(tokens)
+        found = model.eval()(input_ids=tokens).logits
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_minimax_packs_queries_keys_and_values_head_by_head_and_back() -> None:
+    built = minimax_architecture()
+    tensors = random_parameters(built)
+    written = to_hf(tensors, built, "minimax")
+    packed = written["model.layers.2.self_attn.qkv_proj.weight"].view(6, 3, 10, D)
+    for part, x in enumerate("qkv"):
+        for head in range(6):
+            rows = slice(10 * head, 10 * (head + 1))
+            assert torch.equal(packed[head, part], tensors[f"layers.2.mixer.{x}.weight"][rows])
+    buffers = {f"model.layers.2.self_attn.{name}": torch.ones(6) for name in MINIMAX_BUFFERS}
+    again = from_hf(written | buffers, built, "minimax")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_minimax_has_a_router_beside_each_expert_and_no_buffers() -> None:
+    built = minimax_architecture()
+    written = to_hf({name: tensor.bfloat16() for name, tensor in random_parameters(built).items()}, built, "minimax")
+    for layer in range(len(MINIMAX_LAYERS)):
+        router = written[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        assert torch.equal(router, torch.zeros(1, D, dtype=torch.bfloat16))
+    assert not [name for name in written if name.endswith(MINIMAX_BUFFERS)]
+    dense = minimax_architecture("sglu")
+    assert not [name for name in to_hf(random_parameters(dense), dense, "minimax") if "moe" in name]
+
+
+def test_several_experts_are_refused() -> None:
+    built = minimax_architecture()
+    written = to_hf(random_parameters(built), built, "minimax")
+    written["model.layers.1.block_sparse_moe.gate.weight"] = torch.zeros(8, D)
+    with pytest.raises(ValueError, match=r"layers\.1\..* chooses among 8 experts, and this version takes one expert"):
+        from_hf(written, built, "minimax")
+
+
 def test_a_hybrid_keeps_every_layers_own_names() -> None:
     tables = {
         "model": {"d_model": D, "num_layers": 4, "vocab_size": VOCAB, "pattern": ["lightning", "softmax"]},
@@ -202,7 +326,12 @@ def test_a_hybrid_keeps_every_layers_own_names() -> None:
 
 
 def test_no_two_parameters_take_one_place() -> None:
-    for built, family in ((transnormer_architecture(), "transnormer"), (gpt2_architecture(), "gpt2")):
+    families = {
+        "transnormer": transnormer_architecture(),
+        "gpt2": gpt2_architecture(),
+        "minimax": minimax_architecture(),
+    }
+    for family, built in families.items():
         known = places(built, family)
         assert len(set(known.values())) == len(known)
 

@@ -14,7 +14,7 @@ class Arguments:
     """Continue prompts with cached decoding."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """A run folder or a step folder."""
+    """A run folder, a step folder or a Hugging Face folder."""
     prompt: list[str] = field(default_factory=lambda: [""])
     """One or more texts, decoded together as a batch."""
     max_tokens: int = 200
@@ -35,7 +35,8 @@ def generate(argv: list[str]) -> int:
     """Print each prompt with its continuation; returns the exit code."""
     arguments = tyro.cli(Arguments, args=argv, prog="headway generate", config=(tyro.conf.FlagCreatePairsOff,))
     from model.decoding import Sampling, decode
-    from model.hf import load
+    from model.hf.loading import load_source
+    from model.hf.source import open_model
     from trainer.data.tokenizer import load_tokenizer
 
     faults = [
@@ -49,8 +50,12 @@ def generate(argv: list[str]) -> int:
     ]
     if faults:
         raise ValueError(" ".join(faults))
-    model, _ = load(arguments.model, allow_code=arguments.allow_code)
-    tokenizer = load_tokenizer(arguments.tokenizer or tokenizer_of(arguments.model))
+    source = open_model(arguments.model)
+    words = arguments.tokenizer or source.tokenizer
+    if words is None:
+        raise ValueError(f"{source.folder} has no tokenizer with it: give --tokenizer.")
+    tokenizer = load_tokenizer(words)
+    model = load_source(source, allow_code=arguments.allow_code)
     # A model has learned that every document follows the end of another: an empty prompt starts there.
     prompts = [tokenizer.encode(text) or [tokenizer.end_token] for text in arguments.prompt]
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
@@ -60,13 +65,3 @@ def generate(argv: list[str]) -> int:
             print("-" * 40)
         print(prompt + tokenizer.decode(ids))
     return 0
-
-
-def tokenizer_of(model: Path) -> Path:
-    """The tokenizer kept in a checkpoint. Raises ValueError where there is none."""
-    from model.folders import find_checkpoint
-
-    folder = find_checkpoint(model) / "tokenizer"
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: the run's data recorded no tokenizer; give --tokenizer.")
-    return folder

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.files import file_sha256, write_json
+from model.files import file_sha256, replace_folder, write_json
 from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents
 from trainer.data.lazy import megatron
-from trainer.data.sidecar import read_sidecar, replace_folder
+from trainer.data.sidecar import read_sidecar
 from trainer.data.tokenizer import Tokenizer, default_workers, load_tokenizer
 
 # A chunk is tokenised at once: long enough to keep every thread busy, short enough to hold in memory.

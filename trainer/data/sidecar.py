@@ -1,25 +1,13 @@
-"""`PREFIX.json`, which says what a dataset holds, and how a finished folder gets its name."""
+"""`PREFIX.json`, which says what a dataset holds."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 MARK = b'"tokenizer_fingerprint"'
 LARGEST_SIDECAR = 1 << 20
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Give a finished folder its final name, in place of what may be there."""
-    old = final.with_name(final.name + ".partial-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_sidecar(prefix: str) -> dict[str, Any] | None:

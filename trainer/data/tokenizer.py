@@ -44,6 +44,11 @@ class Tokenizer(ABC):
     end_token: int
     fingerprint: str
 
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Special tokens by their keys in `config.json` of Hugging Face: at least `eos_token_id`."""
+        return {"eos_token_id": self.end_token}
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any token added."""
         return self.encode_batch([text], workers=1)[0]
@@ -133,6 +138,11 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.end_token = int(self._tokenizer.eos_token_id)
         self.fingerprint = _hugging_face_fingerprint(self._tokenizer)
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        named = {key: getattr(self._tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {key: int(token) for key, token in named.items() if token is not None}
 
     def encode_batch(self, texts: list[str], workers: int) -> list[list[int]]:
         # The tokenizers library takes its number of threads from the machine.

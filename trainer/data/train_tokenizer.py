@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from model.files import write_json
+from model.files import new_folder, write_json
 from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents
-from trainer.data.sidecar import replace_folder
-from trainer.data.tokenizer import MARKER, MODEL_FILE, marker
+from trainer.data.tokenizer import MARKER, MODEL_FILE, Tokenizer, marker
 
 END = "</s>"
 UNKNOWN = "<unk>"
@@ -67,16 +65,27 @@ def _check_free(out: str, overwrite: bool) -> None:
 
 def write_tokenizer(model: bytes, out: Path) -> None:
     """Write a SentencePiece model and its Hugging Face twin as the folder `out`, whole or not at all."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         (partial / MODEL_FILE).write_bytes(model)
         hugging_face_twin(model).save_pretrained(str(partial))
         write_json(partial / MARKER, marker(model))
-        replace_folder(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_hugging_face_files(tokenizer: Tokenizer, out: Path) -> None:
+    """The tokenizer's files such that `AutoTokenizer.from_pretrained(out)` finds one.
+
+    Raises ValueError for a SentencePiece model that has no Hugging Face files and is not of our making.
+    """
+    tokenizer.copy_to(out)
+    if any((out / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    try:
+        hugging_face_twin((out / MODEL_FILE).read_bytes()).save_pretrained(str(out))
+    except Exception as fault:
+        raise ValueError(
+            f"this SentencePiece model has no Hugging Face files beside it, and none can be made ({fault}): give "
+            "--tokenizer a Hugging Face tokenizer folder, or none to leave it out."
+        ) from fault
 
 
 def hugging_face_twin(model: bytes) -> Any:

@@ -1,0 +1,224 @@
+"""From our checkpoints to Hugging Face folders and back; nothing gets its name before the two have been compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import tomli_w
+import torch
+
+from model.config import Architecture
+from model.files import new_folder, write_json
+from model.folders import MANIFEST, describe_files
+from model.hf.bundle import FLOORS
+from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, compare, native_logits
+from model.hf.export import DTYPES, Facts, parse_size, read_tokens, write_configuration, write_folder
+from model.hf.folder import is_hugging_face_folder
+from model.hf.formats import choose_format
+from model.hf.source import HuggingFaceFolder, Source, StepFolder, open_model
+from model.settings import architecture_tables
+from model.shards import write_tensors
+from model.stack import Model
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.train_tokenizer import write_hugging_face_files
+
+Say = Callable[[str], None]
+
+
+def to_hf(
+    model: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    form: str | None = None,
+    tokenizer: str | None = None,
+    allow_code: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+) -> Agreement:
+    """Write MODEL as a Hugging Face folder, and see that transformers computes the same from it.
+
+    Args:
+        dtype: of the weights. Default: bfloat16 for a run in bf16, what a Hugging Face folder has, else float32.
+        form: the kind of checkpoint (`llama`, `headway`); default: the first that can say all of this model.
+        tokenizer: a folder or a `.model`, or "none". Default: the model's own.
+        say: told how it goes, in lines.
+
+    Raises:
+        ValueError: what cannot be written, or computes or tokenizes otherwise than the model: then `out` is untouched.
+    """
+    _check_free(out, is_hugging_face_folder, "Hugging Face", overwrite)
+    limit = parse_size(max_shard_size)
+    source = open_model(model)
+    architecture = source.architecture(allow_code=allow_code)
+    weights = source.weights(architecture)
+    layout = choose_format(architecture, form)
+    kept = _dtype(dtype) or source.dtype
+    say(f"{source.folder}: {_describe(architecture)}, as {layout.model_type} ({layout.class_name}) in {_name(kept)}")
+    words = _tokenizer(source, tokenizer)
+    facts = facts_of(source, words)
+    with new_folder(out) as partial:
+        write_folder(partial, weights, architecture, layout, facts, dtype=kept, max_shard_bytes=limit)
+        if words is not None:
+            write_hugging_face_files(words, partial)
+        tokens = check_tokens(architecture)
+        wanted = native_logits(source, tokens, kept, allow_code=allow_code)
+        texts = None if words is None else TEXTS
+        answer = ask_transformers(
+            partial, tokens, trust=layout.code is not None, texts=texts, packages=_packages(architecture)
+        )
+        agreement = compare(answer.logits, wanted)
+        say(f"logits of transformers and Headway: {agreement}")
+        if not agreement.holds:
+            raise ValueError(
+                f"transformers computes something else from the export: {agreement}. {out} is not written."
+            )
+        if words is not None:
+            _compare_tokenizers(words, answer.ids, out)
+            say(f"tokenizer: the same ids for {len(TEXTS)} texts of odd spaces, digits, scripts and emoji")
+    say(f"{out}: written")
+    return agreement
+
+
+def from_hf(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    allow_code: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+) -> Agreement:
+    """Write a Hugging Face folder as a step folder, and see that it computes what transformers computes.
+
+    Code in the folder is never run: where transformers has no class, ours stands in for it.
+
+    Args:
+        dtype: of the weights; default: float32, which holds the others exactly.
+        allow_code: whether layer classes that the folder's configuration names by import path may be imported.
+
+    Raises:
+        ValueError: what cannot be read, or computes something else: then `out` is untouched.
+    """
+    _check_free(out, lambda path: (path / MANIFEST).is_file(), "step", overwrite)
+    source = open_model(folder)
+    if not isinstance(source, HuggingFaceFolder):
+        raise ValueError(f"{folder} is a checkpoint of Headway already; from-hf takes a Hugging Face folder.")
+    architecture = source.architecture(allow_code=allow_code)
+    kept = _dtype(dtype) or torch.float32
+    say(f"{folder}: {source.format.class_name}, {_describe(architecture)}, stored in {_name(source.dtype)}")
+    with new_folder(out) as partial:
+        _write_step_folder(partial, source, architecture, kept)
+        tokens = check_tokens(architecture)
+        found = native_logits(StepFolder(partial), tokens, kept, allow_code=allow_code)
+        with _readable_by_transformers(source, architecture) as (readable, trust):
+            packages = _packages(architecture)
+            answer = ask_transformers(readable, tokens, trust=trust, round_to=kept, packages=packages)
+        agreement = compare(found, answer.logits)
+        say(f"logits of Headway and transformers: {agreement}")
+        if not agreement.holds:
+            raise ValueError(f"Headway computes something else from the import: {agreement}. {out} is not written.")
+    say(f"{out}: written")
+    return agreement
+
+
+def _write_step_folder(out: Path, source: HuggingFaceFolder, architecture: Architecture, dtype: torch.dtype) -> None:
+    weights = source.weights(architecture)
+    with torch.device("meta"):
+        model = Model(architecture).to(dtype)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+    def read(key: str) -> torch.Tensor:
+        name = key.removeprefix("model.")
+        return weights.read([name])[name].to(tensors[key].dtype)
+
+    write_tensors(out, tensors, read)
+    (out / "config.toml").write_text(tomli_w.dumps(architecture_tables(architecture)), encoding="utf-8")
+    if source.tokenizer is not None:
+        (out / "tokenizer").mkdir()
+        load_tokenizer(source.tokenizer).copy_to(out / "tokenizer")
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    precision = "bf16" if source.dtype == torch.bfloat16 else "fp32"
+    write_json(out / MANIFEST, {"step": 0, "precision": precision, "files": describe_files(out, files)})
+
+
+@contextmanager
+def _readable_by_transformers(source: HuggingFaceFolder, architecture: Architecture) -> Any:
+    """(folder, whether its code is ours and may run): where transformers has no class, the weights beside our own."""
+    if source.format.code is None:
+        yield source.folder, False
+        return
+    with TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        write_configuration(staged, architecture, source.format, Facts(), source.dtype)
+        for pattern in ("*.safetensors", "*.bin", "*.index.json"):
+            for path in source.folder.glob(pattern):
+                os.symlink(path.resolve(), staged / path.name)
+        yield staged, True
+
+
+def _check_free(out: Path, replaceable: Callable[[Path], bool], what: str, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not replaceable(out):
+        raise ValueError(f"{out} exists and is no {what} folder, so it is not replaced: give another name.")
+    if not overwrite:
+        raise ValueError(f"{out} exists: give another name, or --overwrite to replace it.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(architecture: Architecture) -> str:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Model(architecture).parameters())
+    return f"{count:,} parameters"
+
+
+def _packages(architecture: Architecture) -> frozenset[str]:
+    """Top-level packages of the user's own layers: their source goes with the export, so it must do without them."""
+    layers = [*architecture.mixers.values(), *architecture.feedforwards.values()]
+    return frozenset(cls.__module__.partition(".")[0] for cls, _ in layers) - FLOORS
+
+
+def _tokenizer(source: Source, wanted: str | None) -> Tokenizer | None:
+    if wanted == "none" or (wanted is None and source.tokenizer is None):
+        return None
+    assert wanted is not None or source.tokenizer is not None
+    return load_tokenizer(wanted or str(source.tokenizer))
+
+
+def facts_of(source: Source, words: Tokenizer | None) -> Facts:
+    """What a model's folder says beside its weights: the length it was trained on, and its special tokens."""
+    longest = source.tables.get("data", {}).get("seq_len")
+    if longest is None and isinstance(source, HuggingFaceFolder):
+        longest = source.config.get("max_position_embeddings")
+    tokens = read_tokens(source.folder) | ({} if words is None else words.token_ids)
+    return Facts(int(longest or Facts().max_positions), tokens)
+
+
+def _compare_tokenizers(words: Tokenizer, ids: list[list[int]] | None, out: Path) -> None:
+    wanted = words.encode_batch(TEXTS, workers=1)
+    assert ids is not None
+    wrong = [text for text, found, own in zip(TEXTS, ids, wanted, strict=True) if found != own]
+    if wrong:
+        raise ValueError(
+            f"AutoTokenizer gives other ids than the model's tokenizer for {json.dumps(wrong[0], ensure_ascii=False)}: "
+            f"{out} is not written. Give --tokenizer a Hugging Face folder whose tokenizer fits, or none for none."
+        )
