@@ -64,7 +64,7 @@ FAULTS = [
     ),
     Fault(
         "cached state not reset at a document",
-        "model/mixers/lightning.py",
+        "model/layer.py",
         [("return state_BHde * continues_B[:, None, None, None]", "return state_BHde")],
         [CONFORMANCE],
     ),
@@ -196,6 +196,60 @@ FAULTS = [
         "model/folders.py",
         [("elif hashes and file_sha256(path) != expected", "elif False and file_sha256(path) != expected")],
         [RESUME],
+    ),
+    Fault(
+        "angles rounded on their way out",
+        "model/hf/export.py",
+        [("place.shape(shapes[name]), stored[name], place)", "place.shape(shapes[name]), dtype, place)")],
+        ["tests/trainer/test_convert.py::test_a_bf16_run_goes_out_in_bf16_and_its_angles_do_not"],
+    ),
+    Fault(
+        "a head of its own taken for a tied one",
+        "model/hf/source.py",
+        [('self.tables["model"]["tie_embeddings"] = same', 'self.tables["model"]["tie_embeddings"] = True')],
+        ["tests/trainer/test_convert.py::test_a_published_transnormer_says_by_its_head_whether_it_is_tied"],
+    ),
+    Fault(
+        "matrices packed by head taken for matrices packed by kind",
+        "model/hf/names.py",
+        [("heads=settings.num_heads if name.per_head else 1", "heads=1")],
+        ["tests/model/test_minimax.py"],
+    ),
+    Fault(
+        "padding seen by an export",
+        "model/hf/modeling.py",
+        [("    return begins.cumsum(1)[:, -n:], positions[:, -n:]", "    return None, positions[:, -n:]")],
+        ["tests/trainer/test_convert.py::test_without_headway"],
+    ),
+    Fault(
+        "a comparison of logits that always holds",
+        "model/hf/check.py",
+        [("return self.error <= TOLERANCE", "return True")],
+        ["tests/trainer/test_convert.py::test_a_wrong_export_is_caught"],
+    ),
+    Fault(
+        "every rank takes the first rows of imported weights",
+        "parallel/data.py",
+        [("read(name)[rows.start : rows.stop]", "read(name)[: len(rows)]")],
+        ["tests/trainer/test_convert.py::test_training_begins_with_weights_from_a_hugging_face_folder"],
+    ),
+    Fault(
+        "an interrupted export under its final name",
+        "model/files.py",
+        [("    partial = final.with_name(final.name + \".partial\")\n    shutil", "    partial = final\n    shutil")],
+        ["tests/trainer/test_convert.py::test_an_interrupted_export_leaves_nothing"],
+    ),
+    Fault(
+        "beams that keep their own caches",
+        "model/hf/modeling.py",
+        [("self.reorder(beam_idx)", "pass")],
+        ["tests/trainer/test_convert.py::test_without_headway"],
+    ),
+    Fault(
+        "the residual that is not normalised",
+        "model/stack.py",
+        [("normed = self.feedforward_norm(kept * normed", "normed = self.feedforward_norm(kept * x")],
+        ["tests/model/test_minimax.py"],
     ),
 ]
 

@@ -61,7 +61,7 @@ def type_name(hint: Any) -> str:
     if origin is list:
         return f"list of {type_name(arguments[0])}"
     if origin is dict:
-        return f"table of {type_name(arguments[1])}"
+        return f"for each name a {type_name(arguments[1])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {', '.join(map(type_name, arguments))}"
     if dataclasses.is_dataclass(hint):

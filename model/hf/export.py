@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def write_folder(
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: shard[name].tensor(weights) for name in shard}
         save_file(tensors, out / file, metadata={"format": "pt"})
+        # safetensors writes for the owner's eyes alone; the other files are as the user's mask says.
+        shutil.copymode(out / CONFIG, out / file)
         files |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

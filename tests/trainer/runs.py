@@ -58,6 +58,13 @@ def write_config(folder: Path, prefix: str, **sections: dict[str, Any]) -> Path:
     return path
 
 
+def begin_with(config: Path, source: Path) -> None:
+    """Exchange a configuration's model for `model.init_from`."""
+    parts = config.read_text().split("\n[")
+    kept = [part for part in parts if not part.lstrip("[").startswith(("model", "mixers", "feedforwards"))]
+    config.write_text("\n[".join(kept) + f'\n[model]\ninit_from = "{source}"\n')
+
+
 def headway(*argv: str) -> tuple[int, str]:
     """Run a command in this process; its exit code and what it said on stderr."""
     from trainer.cli import main

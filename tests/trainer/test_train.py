@@ -17,7 +17,7 @@ from model.hf import load
 from model.mixers.softmax import Softmax
 from model.shards import TensorReader
 from tests.pool import Pool
-from tests.trainer.runs import events, headway, status, stored, train, write_config, write_tokens
+from tests.trainer.runs import begin_with, events, headway, status, stored, train, write_config, write_tokens
 from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -148,10 +148,7 @@ def test_what_is_frozen_may_change_on_resume(pool: Pool, prefix: str, tmp_path: 
 
 def test_weights_from_another_run(pool: Pool, prefix: str, trained: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, prefix)
-    text = config.read_text()
-    sections = text.split("\n[")
-    kept = [part for part in sections if not part.lstrip("[").startswith(("model", "mixers", "feedforwards"))]
-    config.write_text("\n[".join(kept) + f'\n[model]\ninit_from = "{trained}"\n')
+    begin_with(config, trained)
     results = pool.run(train, 2, config, "--run.stop_at_step", "1", "--optimizer.lr", "0")
     assert [code for code, _ in results] == [0, 0], results
     ours, theirs = stored(tmp_path / "run", 1), stored(trained, 10)
