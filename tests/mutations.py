@@ -213,7 +213,7 @@ FAULTS = [
         "matrices packed by head taken for matrices packed by kind",
         "model/hf/names.py",
         [("heads=settings.num_heads if name.per_head else 1", "heads=1")],
-        ["tests/model/test_minimax.py"],
+        ["tests/model/test_hf_names.py", "tests/model/test_minimax.py"],
     ),
     Fault(
         "padding seen by an export",
@@ -236,7 +236,7 @@ FAULTS = [
     Fault(
         "an interrupted export under its final name",
         "model/files.py",
-        [("    partial = final.with_name(final.name + \".partial\")\n    shutil", "    partial = final\n    shutil")],
+        [('    partial = final.with_name(final.name + ".partial")\n    shutil', "    partial = final\n    shutil")],
         ["tests/trainer/test_convert.py::test_an_interrupted_export_leaves_nothing"],
     ),
     Fault(

@@ -54,13 +54,16 @@ def to_hf(
     Raises:
         ValueError: what cannot be written, or computes or tokenizes otherwise than the model: then `out` is untouched.
     """
-    _check_free(out, is_hugging_face_folder, "Hugging Face", overwrite)
-    limit = parse_size(max_shard_size)
-    source = open_model(model)
+    limit, asked, source = _all_of(
+        lambda: parse_size(max_shard_size),
+        lambda: _dtype(dtype),
+        lambda: open_model(model),
+        lambda: _check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
+    )[:3]
     architecture = source.architecture(allow_code=allow_code)
     weights = source.weights(architecture)
     layout = choose_format(architecture, form)
-    kept = _dtype(dtype) or source.dtype
+    kept = asked or source.dtype
     say(f"{source.folder}: {_describe(architecture)}, as {layout.model_type} ({layout.class_name}) in {_name(kept)}")
     words = _tokenizer(source, tokenizer)
     facts = facts_of(source, words)
@@ -107,12 +110,15 @@ def from_hf(
     Raises:
         ValueError: what cannot be read, or computes something else: then `out` is untouched.
     """
-    _check_free(out, lambda path: (path / MANIFEST).is_file(), "step", overwrite)
-    source = open_model(folder)
+    asked, source = _all_of(
+        lambda: _dtype(dtype),
+        lambda: open_model(folder),
+        lambda: _check_free(out, lambda path: (path / MANIFEST).is_file(), "step", overwrite),
+    )[:2]
     if not isinstance(source, HuggingFaceFolder):
         raise ValueError(f"{folder} is a checkpoint of Headway already; from-hf takes a Hugging Face folder.")
     architecture = source.architecture(allow_code=allow_code)
-    kept = _dtype(dtype) or torch.float32
+    kept = asked or torch.float32
     say(f"{folder}: {source.format.class_name}, {_describe(architecture)}, stored in {_name(source.dtype)}")
     with new_folder(out) as partial:
         _write_step_folder(partial, source, architecture, kept)
@@ -162,6 +168,19 @@ def _readable_by_transformers(source: HuggingFaceFolder, architecture: Architect
             for path in source.folder.glob(pattern):
                 os.symlink(path.resolve(), staged / path.name)
         yield staged, True
+
+
+def _all_of(*looks: Callable[[], Any]) -> list[Any]:
+    """What each of them finds. Raises ValueError with the faults of all of them at once."""
+    found, faults = [], []
+    for look in looks:
+        try:
+            found.append(look())
+        except ValueError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return found
 
 
 def _check_free(out: Path, replaceable: Callable[[Path], bool], what: str, overwrite: bool) -> None:

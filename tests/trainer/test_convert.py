@@ -535,8 +535,10 @@ def test_what_is_there_is_not_replaced_unasked(exported: Path, tmp_path: Path) -
     assert code == 2 and "is no Hugging Face folder, so it is not replaced" in said
     code, said = headway("convert", "from-hf", str(step), str(tmp_path / "b"))
     assert code == 2 and "is a checkpoint of Headway already" in said
-    code, said = headway("convert", "to-hf", str(step), str(tmp_path / "b"), "--dtype", "int8", "--max-shard-size", "1")
-    assert code == 2 and "--dtype 'int8'" in said
+    wrong = ["--dtype", "int8", "--max-shard-size", "much"]
+    code, said = headway("convert", "to-hf", str(tmp_path / "none"), str(exported), *wrong)
+    assert code == 2
+    assert all(words in said for words in ("--dtype 'int8'", "size 'much'", "none does not exist", "--overwrite")), said
 
 
 def test_everyone_may_read_what_others_may_read(exported: Path) -> None:
