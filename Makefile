@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install quickstart test check mutations format clean
+.PHONY: help install install-tests quickstart test check mutations format clean
 
 help:
 	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report, export"
@@ -23,7 +23,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
+# What only tests need: lm-evaluation-harness.
+$(VENV)/installed-tests: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev,eval]'
+	@touch $@
+
 install: $(VENV)/installed
+
+install-tests: $(VENV)/installed-tests
 
 quickstart:
 	@echo "[1/12] make $(VENV)/ and install $(TORCH) and the packages of constraints.txt"
@@ -31,17 +38,17 @@ quickstart:
 	echo "      ($$(( $$(date +%s) - began )) s)"
 	@$(BIN)/python -m launch.quickstart
 
-test: install
+test: install-tests
 	$(BIN)/python -m pytest
 
-check: install
+check: install-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest tests/test_documents.py
 
-mutations: install
+mutations: install-tests
 	$(BIN)/python tests/mutations.py
 
 format: install

@@ -82,6 +82,9 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
         """`model`: one that stands already, to be seen through the eyes of transformers."""
         super().__init__(config)
         self.model = Model(read_architecture(config.headway)) if model is None else model
+        for module in [] if model is None else model.modules():
+            # transformers gives new values to all that is not marked as having its own.
+            module._is_hf_initialized = True
         self._keep_in_fp32_modules_strict = {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
