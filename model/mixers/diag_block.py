@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.context import Context
 from model.layer import Mixer, Site, gate_heads
-from model.mixers.softmax import nearest_divisor
+from model.mixers.heads import head_faults, rotation_faults
 from model.norms import make_norm
 from model.positions import rotary_table, rotate
 
@@ -36,20 +36,8 @@ class DiagBlockConfig:
 
     def faults(self, d_model: int) -> list[str]:
         """Why these settings cannot be built, in sentences."""
-        if self.num_heads < 1:
-            return [f"num_heads = {self.num_heads} must be at least 1."]
-        faults = []
-        head_dim = d_model // self.num_heads if self.head_dim is None else self.head_dim
-        if self.head_dim is None and d_model % self.num_heads:
-            faults.append(
-                f"num_heads = {self.num_heads} does not divide model.d_model = {d_model}: set head_dim, or take "
-                f"num_heads = {nearest_divisor(d_model, self.num_heads)}."
-            )
-        elif head_dim < 1 or head_dim % 2:
-            faults.append(
-                f"head_dim = {head_dim} must be even, since rotary positions turn pairs of channels: take "
-                f"{max(2, head_dim + 1)}."
-            )
+        faults = head_faults(d_model, self.num_heads, head_dim=self.head_dim)
+        faults += rotation_faults(d_model, self.num_heads, self.head_dim)
         if self.block < 1:
             faults.append(f"block = {self.block} must be at least 1, the token itself; 64 is usual.")
         if self.rope_theta <= 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kernels.lightning import decay_slopes, lightning_attention, lightning_attention_recurrent
 from model.context import Context
 from model.layer import HFName, Mixer, Packed, Site, gate_heads, incoming_state
-from model.mixers.softmax import nearest_divisor
+from model.mixers.heads import head_faults
 from model.norms import make_norm
 from model.positions import LRPE
 
@@ -45,17 +45,8 @@ class LightningConfig:
 
     def faults(self, d_model: int) -> list[str]:
         """Why these settings cannot be built, in sentences."""
-        if self.num_heads < 1:
-            return [f"num_heads = {self.num_heads} must be at least 1."]
-        faults = []
-        if self.head_dim is None and d_model % self.num_heads:
-            faults.append(
-                f"num_heads = {self.num_heads} does not divide model.d_model = {d_model}: set head_dim, or take "
-                f"num_heads = {nearest_divisor(d_model, self.num_heads)}."
-            )
-        for key in ("head_dim", "value_head_dim"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                faults.append(f"{key} = {value} must be at least 1.")
+        widths = {"head_dim": self.head_dim, "value_head_dim": self.value_head_dim}
+        faults = head_faults(d_model, self.num_heads, **widths)
         if any(layer < 0 for layer in self.lrpe_layers):
             faults.append(f"lrpe_layers = {self.lrpe_layers} must be layer indices from 0.")
         return faults

@@ -12,8 +12,8 @@ from kernels.lightning import lightning_attention, lightning_attention_recurrent
 from model.context import Context
 from model.initialisation import Computed, Init
 from model.layer import Mixer, Site, gate_heads, incoming_state
+from model.mixers.heads import head_faults, rotation_faults
 from model.mixers.lightning import ACTIVATIONS
-from model.mixers.softmax import nearest_divisor
 from model.norms import make_norm
 from model.positions import Angles, rotary_table, rotate
 
@@ -41,23 +41,10 @@ class NormLinearConfig:
 
     def faults(self, d_model: int) -> list[str]:
         """Why these settings cannot be built, in sentences."""
-        if self.num_heads < 1:
-            return [f"num_heads = {self.num_heads} must be at least 1."]
-        faults = []
-        if self.head_dim is None and d_model % self.num_heads:
-            faults.append(
-                f"num_heads = {self.num_heads} does not divide model.d_model = {d_model}: set head_dim, or take "
-                f"num_heads = {nearest_divisor(d_model, self.num_heads)}."
-            )
-        for key in ("head_dim", "value_head_dim"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                faults.append(f"{key} = {value} must be at least 1.")
-        head_dim = d_model // self.num_heads if self.head_dim is None else self.head_dim
-        if not faults and head_dim % 2 and self.rotation != "none":
-            faults.append(
-                f"head_dim = {head_dim} must be even, since positions turn pairs of channels: take {head_dim + 1}, or "
-                'rotation = "none".'
-            )
+        widths = {"head_dim": self.head_dim, "value_head_dim": self.value_head_dim}
+        faults = head_faults(d_model, self.num_heads, **widths)
+        if self.rotation != "none":
+            faults += rotation_faults(d_model, self.num_heads, self.head_dim, ', or rotation = "none"')
         if self.rope_theta <= 0:
             faults.append(f"rope_theta = {self.rope_theta} must be above 0: 10000 is usual.")
         return faults

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.cache import GrowingTensor
 from model.context import Context
 from model.layer import Mixer, Site, gate_heads
+from model.mixers.heads import head_faults, nearest_divisor, rotation_faults
 from model.norms import make_norm
 from model.positions import rotary_table, rotate
 
@@ -38,21 +39,14 @@ class SoftmaxConfig:
 
     def faults(self, d_model: int) -> list[str]:
         """Why these settings cannot be built, in sentences."""
-        faults = []
-        if self.num_heads < 1:
-            return [f"num_heads = {self.num_heads} must be at least 1."]
-        if self.head_dim is None and d_model % self.num_heads:
+        faults = head_faults(d_model, self.num_heads, head_dim=self.head_dim)
+        kv_heads = self.num_kv_heads
+        if kv_heads is not None and self.num_heads >= 1 and (kv_heads < 1 or self.num_heads % kv_heads):
             faults.append(
-                f"num_heads = {self.num_heads} does not divide model.d_model = {d_model}: set head_dim, or take "
-                f"num_heads = {nearest_divisor(d_model, self.num_heads)}."
+                f"num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}: the nearest that "
+                f"does is {nearest_divisor(self.num_heads, kv_heads)}."
             )
-        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
-            faults.append(
-                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}: the nearest that "
-                f"does is {nearest_divisor(self.num_heads, self.num_kv_heads)}."
-            )
-        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
-            faults.append(f"head_dim = {self.head_dim} must be even: rotary positions turn pairs of channels.")
+        faults += rotation_faults(d_model, self.num_heads, self.head_dim)
         if self.window is not None and self.window < 1:
             faults.append(f"window = {self.window} must be at least 1, the token itself.")
         return faults
@@ -60,12 +54,6 @@ class SoftmaxConfig:
     def tensor_parallel_units(self) -> dict[str, int]:
         """What tp must divide."""
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads or self.num_heads}
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted))
 
 
 class Softmax(Mixer):
