@@ -33,7 +33,7 @@ WITH_TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 prompt = tokenizer(sys.argv[2], return_tensors="pt")
 ids = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=60, do_sample=False)
 print(tokenizer.decode(ids[0]))

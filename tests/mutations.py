@@ -224,7 +224,7 @@ FAULTS = [
     Fault(
         "a comparison of logits that always holds",
         "model/hf/check.py",
-        [("return self.error <= TOLERANCE", "return True")],
+        [("return self.error <= self.tolerance", "return True")],
         ["tests/trainer/test_convert.py::test_a_wrong_export_is_caught"],
     ),
     Fault(

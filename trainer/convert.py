@@ -17,7 +17,7 @@ from model.config import Architecture
 from model.files import new_folder, write_json
 from model.folders import MANIFEST, describe_files
 from model.hf.bundle import FLOORS
-from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, compare, native_logits
+from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, judge, native_logits
 from model.hf.export import DTYPES, Facts, parse_size, read_tokens, write_configuration, write_folder
 from model.hf.folder import is_hugging_face_folder
 from model.hf.formats import choose_format
@@ -77,7 +77,7 @@ def to_hf(
         answer = ask_transformers(
             partial, tokens, trust=layout.code is not None, texts=texts, packages=_packages(architecture)
         )
-        agreement = compare(answer.logits, wanted)
+        agreement = judge(answer.logits, wanted, source, tokens, kept, allow_code=allow_code)
         say(f"logits of transformers and Headway: {agreement}")
         if not agreement.holds:
             raise ValueError(
@@ -127,7 +127,7 @@ def from_hf(
         with _readable_by_transformers(source, architecture) as (readable, trust):
             packages = _packages(architecture)
             answer = ask_transformers(readable, tokens, trust=trust, round_to=kept, packages=packages)
-        agreement = compare(found, answer.logits)
+        agreement = judge(answer.logits, found, StepFolder(partial), tokens, kept, allow_code=allow_code)
         say(f"logits of Headway and transformers: {agreement}")
         if not agreement.holds:
             raise ValueError(f"Headway computes something else from the import: {agreement}. {out} is not written.")

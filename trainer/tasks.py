@@ -95,7 +95,7 @@ def _tokenizer(source: Source) -> Any:
 
     assert source.tokenizer is not None
     if any((source.tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return AutoTokenizer.from_pretrained(str(source.tokenizer))
+        return AutoTokenizer.from_pretrained(str(source.tokenizer), trust_remote_code=False)
     with TemporaryDirectory() as temporary:
         write_hugging_face_files(load_tokenizer(source.tokenizer), Path(temporary))
         return AutoTokenizer.from_pretrained(temporary)

@@ -35,7 +35,7 @@ def answer(request: dict[str, Any]) -> tuple[Any, list[list[int]] | None]:
     folder = request["folder"]
     ids = None
     if request["texts"]:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request["trust"])
         ids = tokenizer(request["texts"], add_special_tokens=False)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=request["trust"]).eval()
     if request["round_to"]:

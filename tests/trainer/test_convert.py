@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model.hf.check as check
 import model.hf.formats as formats
 import model.hf.names as names
 import trainer.convert
 from model.hf.export import modelling_file
 from model.hf.formats import FORMATS
 from model.hf.loading import load
+from model.hf.source import open_model
 from model.mixers import MIXERS
 from model.mixers.softmax import Softmax
 from tests.checkpoints import architecture_of, ask_in_this_process, random_weights, stored_weights, write_step
@@ -309,6 +311,28 @@ def test_a_wrong_import_is_caught(
     assert code == 2
     assert "Headway computes something else from the import" in said
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_only_what_rounding_leaves_is_forgiven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the usual tolerance, ten times the difference between our own fp32 and fp64; never beyond the utmost."""
+    source = open_model(write_step(tmp_path / "step", KINDS["llama"][1]))
+    tokens = torch.randint(61, (1, 9))
+    ours = torch.ones(1, 9, 61)
+
+    def judged(difference: float, rounding: float) -> bool:
+        monkeypatch.setattr(check, "native_logits", lambda *_, **__: ours.double() + rounding)
+        return check.judge(ours + difference, ours, source, tokens, torch.float32).holds
+
+    assert judged(5e-5, 0.0)
+    assert not judged(5e-4, 1e-6)
+    assert judged(5e-4, 7e-5)
+    assert not judged(2e-3, 1e-2)
+    monkeypatch.undo()
+    rounding = check.compare(
+        check.native_logits(source, tokens, torch.float32).double(),
+        check.native_logits(source, tokens, torch.float32, precision=torch.float64),
+    )
+    assert 0 < rounding.error < 1e-5
 
 
 # --- dtypes, sizes, names ---------------------------------------------------------------------------------------------

@@ -126,7 +126,10 @@ class HuggingFaceTokenizer(Tokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # Unless told, transformers asks on the console whether code in the folder may run: it may not.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         except Exception as fault:
             raise ValueError(f"{folder}: transformers cannot read a tokenizer there ({_first_line(fault)}).") from fault
         self._folder = folder
