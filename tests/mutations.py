@@ -231,13 +231,13 @@ FAULTS = [
         "every rank takes the first rows of imported weights",
         "parallel/data.py",
         [("read(name)[rows.start : rows.stop]", "read(name)[: len(rows)]")],
-        ["tests/trainer/test_convert.py::test_training_begins_with_weights_from_a_hugging_face_folder"],
+        ["tests/trainer/test_hugging_face_model.py::test_training_begins_with_weights_from_a_hugging_face_folder"],
     ),
     Fault(
         "an interrupted export under its final name",
         "model/files.py",
         [('    partial = final.with_name(final.name + ".partial")\n    shutil', "    partial = final\n    shutil")],
-        ["tests/trainer/test_convert.py::test_an_interrupted_export_leaves_nothing"],
+        ["tests/trainer/test_convert_refusals.py::test_an_interrupted_export_leaves_nothing"],
     ),
     Fault(
         "beams that keep their own caches",
