@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,12 @@ class TensorFiles:
         return self.read(largest).dtype
 
 
-class _File:
+class _File(ABC):
     shapes: dict[str, tuple[int, ...]]
 
+    @abstractmethod
     def read(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """One of its tensors."""
 
 
 class _Safetensors(_File):

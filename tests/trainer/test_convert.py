@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
 
 import model.hf.check as check
 import model.hf.formats as formats
@@ -26,6 +27,8 @@ from tests.checkpoints import architecture_of, random_weights, stored_weights, w
 from tests.conformance.models import CASES, mixer_class
 from tests.trainer.conversions import KINDS, SWIGLU, decoder, done
 from tests.trainer.runs import headway
+from trainer.data.tokenizer import load_tokenizer
+from trainer.data.train_tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -305,3 +308,51 @@ def test_another_format_may_be_asked_for(tmp_path: Path) -> None:
     assert "--format qwen3: qk_norm = False, expected True." in said
     code, said = headway("convert", "to-hf", str(step), str(tmp_path / "gpt"), "--format", "gpt")
     assert "the nearest is 'gpt2'" in said
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+PAIRS = [(a, b) for a in ("to", "be", "or") for b in ("not", "so")]
+LINES = [f"{a} {b}\t{number}, naïve 🙂 {b}{a}\n" for number, (a, b) in enumerate(PAIRS)]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "text.txt").write_text("".join(LINES * 20))
+    train_tokenizer([str(folder / "text.txt")], str(folder / "tokenizer"), 310)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 20),
+        model_prefix=str(folder / "unigram"),
+        model_type="unigram",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("given", ["tokenizer", "tokenizer/tokenizer.model"])
+def test_the_tokenizer_goes_along(given: str, words: Path, tmp_path: Path) -> None:
+    """A folder, or a bare model of ours, whose Hugging Face files are made: the command compares the ids itself."""
+    tables = decoder({"softmax": {"num_heads": 4}}, SWIGLU, vocab_size=310)
+    step, out = write_step(tmp_path / "step", tables), tmp_path / "out"
+    done("convert", "to-hf", str(step), str(out), "--tokenizer", str(words / given))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(out)), load_tokenizer(words / "tokenizer")
+    for text in [*check.TEXTS, *LINES]:
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+    tokens = [
+        json.loads((out / f"{name}.json").read_text())["eos_token_id"] for name in ("config", "generation_config")
+    ]
+    assert tokens == [ours.end_token] * 2
+    done("generate", str(out), "--prompt", "to be", "--max-tokens", "3")
+
+
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(words: Path, tmp_path: Path) -> None:
+    tables = decoder({"softmax": {"num_heads": 4}}, SWIGLU, vocab_size=310)
+    step, out = write_step(tmp_path / "step", tables), tmp_path / "out"
+    code, said = headway("convert", "to-hf", str(step), str(out), "--tokenizer", str(words / "unigram.model"))
+    assert code == 2
+    assert "tokenizer" in said and "none" in said, said
+    assert not out.exists()
+    done("convert", "to-hf", str(step), str(out), "--tokenizer", "none")
