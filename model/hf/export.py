@@ -18,7 +18,7 @@ from model.files import write_json
 from model.hf.bundle import bundle
 from model.hf.folder import CONFIG
 from model.hf.formats import Format
-from model.hf.names import fillers, parameter_shapes, places
+from model.hf.names import fillers, made_of, parameter_shapes, places
 from model.hf.source import Weights
 from model.registry import kind_of
 from model.stack import Model
@@ -140,17 +140,15 @@ def _plan(architecture: Architecture, family: str, dtype: torch.dtype, limit: in
     with torch.device("meta"):
         stored = {name: p.dtype for name, p in Model(architecture).to(dtype).named_parameters()}
     shapes, known = parameter_shapes(architecture), places(architecture, family)
-    wholes: dict[str, _Whole] = {}
-    for name, place in sorted(known.items(), key=lambda item: item[1].part):
-        if place.name not in wholes:
-            wholes[place.name] = _Whole([], place.shape(shapes[name]), stored[name], place)
-        wholes[place.name].parameters.append(name)
+    wholes = {
+        outside: _Whole(names, known[names[0]].shape(shapes[names[0]]), stored[names[0]], known[names[0]])
+        for outside, names in made_of(known).items()
+    }
     for name, shape in fillers(architecture, family).items():
         wholes[name] = _Whole([], shape, dtype)
-    order = {known[name].name: index for index, name in enumerate(known)}
     shards: list[dict[str, _Whole]] = [{}]
     used = 0
-    for name in sorted(wholes, key=lambda name: order.get(name, len(order))):
+    for name in wholes:
         if shards[-1] and used + wholes[name].nbytes > limit:
             shards.append({})
             used = 0

@@ -183,13 +183,10 @@ def to_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -
     """
     known, shapes = places(architecture, family), parameter_shapes(architecture)
     _check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, "this model")
-    groups: dict[str, dict[int, str]] = {}
-    for name, place in known.items():
-        groups.setdefault(place.name, {})[place.part] = name
-    out = {}
-    for outside, parts in groups.items():
-        names = [parts[part] for part in sorted(parts)]
-        out[outside] = known[names[0]].lay_out([tensors[name] for name in names]).contiguous()
+    out = {
+        outside: known[names[0]].lay_out([tensors[name] for name in names]).contiguous()
+        for outside, names in made_of(known).items()
+    }
     some = next(iter(out.values()))
     return out | {name: some.new_zeros(shape) for name, shape in fillers(architecture, family).items()}
 
@@ -276,6 +273,14 @@ def places(architecture: Architecture, family: str) -> dict[str, Place]:
     return known
 
 
+def made_of(known: dict[str, Place]) -> dict[str, list[str]]:
+    """Each tensor of a checkpoint by its name there -> the parameters it is made of, in the order of their parts."""
+    found: dict[str, list[str]] = {}
+    for name, place in known.items():
+        found.setdefault(place.name, []).append(name)
+    return {outside: sorted(names, key=lambda name: known[name].part) for outside, names in found.items()}
+
+
 def _place(name: str, architecture: Architecture, family: Family) -> Place | None:
     """Where one parameter lies; None where the family has no name for it."""
     module, _, kind = name.rpartition(".")
@@ -311,11 +316,8 @@ def _declared(name: HFName, settings: Any) -> Place:
 
 def _packing_faults(known: dict[str, Place], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """Matrices that cannot be the equal parts of one."""
-    groups: dict[str, list[str]] = {}
-    for name, place in known.items():
-        groups.setdefault(place.name, []).append(name)
     faults = []
-    for outside, names in groups.items():
+    for outside, names in made_of(known).items():
         wanted = list(range(known[names[0]].parts))
         assert sorted(known[name].part for name in names) == wanted, f"{outside} is made of {names}"
         if len({shapes[name] for name in names}) > 1:
