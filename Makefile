@@ -6,11 +6,12 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install install-tests quickstart test check mutations format clean
+.PHONY: help install install-tests quickstart test test-matrix check mutations format clean
 
 help:
 	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report, export"
 	@echo "make test                    the tests (CPU, no network, at most 15 minutes on 2 cores)"
+	@echo "make test-matrix             the rest of the layout matrix (at most 25 minutes on 2 cores)"
 	@echo "make check                   format, lint, types, floors, links"
 	@echo "make mutations               plant faults in copies of the code and see the tests fail (some minutes)"
 	@echo "make format                  mend the format"
@@ -39,7 +40,10 @@ quickstart:
 	@$(BIN)/python -m launch.quickstart
 
 test: install-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not matrix"
+
+test-matrix: install-tests
+	$(BIN)/python -m pytest -m matrix
 
 check: install-tests
 	$(BIN)/ruff format --check .
@@ -49,7 +53,7 @@ check: install-tests
 	$(BIN)/python -m pytest tests/test_documents.py
 
 mutations: install-tests
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python -m tests.mutations
 
 format: install
 	$(BIN)/ruff format .

@@ -63,7 +63,7 @@ class Layer(nn.Module):
     Attributes:
         Config: the layer's settings, a dataclass; a mixer's has `num_heads`. It may have `faults(d_model)`, sentences
             about settings that cannot be built, and `tensor_parallel_units()`, what tp must divide.
-        sharding: parameter (or buffer) name -> how tensor parallelism cuts it.
+        sharding: parameter (or buffer) name -> how tensor parallelism cuts it. Every parameter has to be there.
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
         no_decay: names of matrices that weight decay must leave alone.
     """
@@ -107,11 +107,15 @@ class Mixer(Layer):
     Attributes:
         context: what crosses a cut of the sequence.
         bidirectional: whether `ctx.causal` may be false.
+        full_width_norm: name of a norm over all heads together, if there is one. What it gives reaches the output
+            projection through products alone (gates), so that its factor, one number a token, may come after: where
+            heads are spread over ranks, no rank has the sum of squares before.
         examples: settings under which the conformance suite tries the mixer, for a model of width 32.
     """
 
     context: ClassVar[Crossing]
     bidirectional: ClassVar[bool] = True
+    full_width_norm: ClassVar[str | None] = None
     examples: ClassVar[list[dict[str, Any]]] = [{"num_heads": 4}]
     output_projection = "o"
 

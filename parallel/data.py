@@ -1,4 +1,4 @@
-"""Data parallelism by FSDP2: sharded (dp_shard), replicated (dp_replicate), or both (HSDP)."""
+"""Data parallelism by FSDP2: sharded (dp_shard), replicated (dp_replicate), or both (HSDP); and initial values."""
 
 from __future__ import annotations
 
@@ -15,42 +15,50 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model.initialisation import draw
 from model.stack import Model, all_inits
 
+View = Callable[[str, Tensor], Tensor]
+"""From a parameter's name and what this process has of it to the parameter as a part of the whole model's."""
 
-def spread(model: Model, mesh: DeviceMesh, *, bf16: bool) -> Model:
+
+def shard(model: Model, mesh: DeviceMesh, *, bf16: bool, keep_gathered: bool = False) -> None:
     """Shard the model's parameters over the mesh, block by block.
 
     One path for all: plain replication is a mesh whose `dp_shard` is 1 (unlike DDP, its reductions do not change
     their order after the first step, so a resumed run stays bit-equal). A process alone in full precision needs no
     wrapping at all. With `bf16`, parameters stay fp32 and are cast when gathered; gradients are reduced in fp32.
+
+    Args:
+        keep_gathered: between forward and backward. A pipeline would gather again for every micro-batch, and torch's
+            zero-bubble schedules compute wrong gradients, without a word, when parameters are put back in between.
     """
     if mesh.size() == 1 and not bf16:
-        return model
+        return
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     if bf16:
+        wide = MixedPrecisionPolicy(cast_forward_inputs=False)
         for module in list(model.modules()):
             if getattr(module, "keep_fp32", False):
-                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+                fully_shard(module, mesh=mesh, mp_policy=wide, reshard_after_forward=not keep_gathered)
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
 
 
-def initialise(model: Model, seed: int, device: torch.device) -> None:
+def initialise(model: Model, seed: int, device: torch.device, view: View = lambda name, tensor: tensor) -> None:
     """Give a model on the meta device its memory and its initial values; each rank draws only what it holds."""
     inits = all_inits(model)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            local, rows, columns = _held(parameter)
-            part = draw(name, inits[name], parameter.shape, seed, rows)
+            whole = view(name, parameter)
+            local, rows, columns = _held(whole)
+            part = draw(name, inits[name], whole.shape, seed, rows)
             local.copy_(part[(slice(None), *columns)])
 
 
-def fill(model: Model, read: Callable[[str], Tensor]) -> None:
-    """Copy values into a model, in whatever layout it is. `read` gives a whole parameter by its name."""
+def fill(parameters: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Copy values into parameters, as parts of the whole model's. `read` gives a whole parameter by its name."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             local, rows, columns = _held(parameter)
             local.copy_(read(name)[rows.start : rows.stop][(slice(None), *columns)])
 
@@ -63,6 +71,11 @@ def _held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
     rows = range(offset[0], offset[0] + shape[0])
     columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
     return parameter.to_local(), rows, columns
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has in memory of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def synchronise_gradients(model: nn.Module, wanted: bool) -> None:
@@ -80,11 +93,6 @@ def release_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def gradient_divisor(model: nn.Module, data_parallel: int) -> int:
-    """By how much the engine divides summed gradients (FSDP2 averages; gloo cannot be told otherwise)."""
-    return data_parallel if isinstance(model, FSDPModule) else 1
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

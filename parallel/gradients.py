@@ -7,50 +7,46 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from parallel.data import local
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all gradients, each element of each logical parameter counted once. Collective.
+def counts_here(tensor: Tensor) -> bool:
+    """Whether this process is the one that counts its part of a tensor: of those that hold it alike, the first.
 
-    Squares are summed per parameter in fp32 or wider and added up in fp64; parameters cut over the same mesh
-    dimensions share one reduction. A parameter without a gradient (frozen, or not reached) counts as zero.
+    A tensor that is no DTensor is taken to be whole on every rank.
+    """
+    if not isinstance(tensor, DTensor):
+        return dist.get_rank() == 0
+    assert all(placement.is_shard() or placement.is_replicate() for placement in tensor.placements)
+    alike = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in alike)
+
+
+def gradient_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Euclidean norm over all gradients of all ranks. Collective.
+
+    Squares are summed per parameter in fp32 or wider and added up in fp64, over all ranks in one reduction.
+
+    Args:
+        gradients: those that count here, so that each element of each logical parameter is counted once.
 
     Returns:
         fp64 scalar, equal on all ranks.
     """
-    sums: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups, local = _cut_over(parameter.grad)
-            sums.setdefault(groups, []).append(local)
-    total: Tensor | float = 0.0
-    for groups, locals_ in sums.items():
-        norms = torch.stack(torch._foreach_norm(locals_)).double()
-        squares = norms.square().sum()
-        for group in groups:
-            dist.all_reduce(squares, group=group)
-        total = total + squares
-    return torch.as_tensor(total, dtype=torch.float64).sqrt()
+    locals_ = [local(gradient) for gradient in gradients]
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if locals_:
+        squares += torch.stack(torch._foreach_norm(locals_)).double().square().sum()
+    dist.all_reduce(squares)
+    return squares.sqrt()
 
 
-def _cut_over(gradient: Tensor) -> tuple[tuple[dist.ProcessGroup, ...], Tensor]:
-    """The groups over which this gradient is cut (not those over which it is replicated), and the local part."""
-    if not isinstance(gradient, DTensor):
-        return (), gradient
-    mesh = gradient.device_mesh
-    groups = tuple(
-        mesh.get_group(dim)
-        for dim, placement in enumerate(gradient.placements)
-        if isinstance(placement, Shard) and mesh.size(dim) > 1
-    )
-    return groups, gradient.to_local()
-
-
-def clip_gradients(parameters: Iterable[Tensor], norm: float, limit: float) -> None:
+def clip_gradients(gradients: Iterable[Tensor], norm: float, limit: float) -> None:
     """Scale all gradients so that their norm is at most `limit`; 0 means no limit."""
     if limit <= 0 or norm <= limit:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    locals_ = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    torch._foreach_mul_(locals_, limit / norm)
+    locals_ = [local(gradient) for gradient in gradients]
+    if locals_:
+        torch._foreach_mul_(locals_, limit / norm)

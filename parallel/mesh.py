@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
 from parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from model.config import Architecture
+
+
+STAGES_PER_RANK = {"1f1b": 1, "interleaved1f1b": 2, "zbv": 2}
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,13 @@ class Layout:
     tp: int
     ep: int
     microbatches: int
+    sequence_parallel: bool = True
+    pp_schedule: str = "1f1b"
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: one a rank, or two where the schedule wants it."""
+        return self.pp * STAGES_PER_RANK[self.pp_schedule] if self.pp > 1 else 1
 
     @property
     def data_parallel(self) -> int:
@@ -41,13 +52,41 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
     others = config.dp_replicate * config.pp * config.cp * config.tp
     dp_shard = max(1, world_size // max(1, others)) if config.dp_shard == -1 else config.dp_shard
     microbatches = config.microbatches or (2 * config.pp if config.pp > 1 else 1)
-    return Layout(config.dp_replicate, dp_shard, config.pp, config.cp, config.tp, config.ep, microbatches)
+    return Layout(
+        config.dp_replicate,
+        dp_shard,
+        config.pp,
+        config.cp,
+        config.tp,
+        config.ep,
+        microbatches,
+        config.sequence_parallel,
+        config.pp_schedule,
+    )
+
+
+def stages_of_rank(layout: Layout, rank: int) -> list[int]:
+    """Which stages the rank holds in a pipeline: with two, one after a whole round, or (zbv) back again in a V."""
+    if layout.num_stages == layout.pp:
+        return [rank]
+    second = layout.num_stages - 1 - rank if layout.pp_schedule == "zbv" else layout.pp + rank
+    return [rank, second]
 
 
 def layout_faults(
-    config: ParallelConfig, world_size: int, architecture: Architecture, *, seq_len: int, global_batch_size: int
+    config: ParallelConfig,
+    world_size: int,
+    architecture: Architecture,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    compiled: bool = False,
 ) -> list[str]:
-    """Why this layout cannot carry this model and batch: all reasons, each with its numbers and a legal choice."""
+    """Why this layout cannot carry this model and batch: all reasons, each with its numbers and a legal choice.
+
+    Args:
+        compiled: whether `run.compile` is set.
+    """
     sizes = {name: getattr(config, name) for name in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep")}
     wrong = [name for name, size in sizes.items() if size < 1 and not (name == "dp_shard" and size == -1)]
     if wrong:
@@ -56,6 +95,7 @@ def layout_faults(
     faults = _world_faults(layout, world_size)
     faults += _batch_faults(layout, global_batch_size)
     faults += _model_faults(layout, architecture)
+    faults += _schedule_faults(config, layout, architecture, compiled)
     if seq_len % layout.cp:
         faults.append(
             f"parallel.cp = {layout.cp} does not divide data.seq_len = {seq_len}: "
@@ -78,9 +118,9 @@ def layout_faults(
 def unbuilt_faults(config: ParallelConfig) -> list[str]:
     """What is legal, but not carried by this version."""
     faults = [
-        f"parallel.{name} = {getattr(config, name)}: this version spreads over dp_replicate and dp_shard only; "
+        f"parallel.{name} = {getattr(config, name)}: this version spreads over dp_replicate, dp_shard, pp and tp; "
         f"set {name} = 1."
-        for name in ("tp", "pp", "cp", "ep")
+        for name in ("cp", "ep")
         if getattr(config, name) > 1
     ]
     if config.engine != "torch":
@@ -118,24 +158,75 @@ def _batch_faults(layout: Layout, global_batch_size: int) -> list[str]:
             f"parallel.microbatches = {layout.microbatches} leaves stages of parallel.pp = {layout.pp} idle: "
             f"take at least {layout.pp}."
         )
+    rounds = max(1, layout.microbatches // layout.pp)
+    if layout.pp > 1 and layout.pp_schedule == "interleaved1f1b" and layout.microbatches % rounds:
+        faults.append(
+            f'parallel.pp_schedule = "interleaved1f1b" runs microbatches = {layout.microbatches} in {rounds} rounds of '
+            f"pp = {layout.pp} or more, which they do not fill evenly: "
+            f"take {rounds * layout.pp} or {(rounds + 1) * layout.pp}."
+        )
+    return faults
+
+
+def _schedule_faults(config: ParallelConfig, layout: Layout, architecture: Architecture, compiled: bool) -> list[str]:
+    """Why this order of forward and backward cannot be."""
+    if layout.pp == 1:
+        return []
+    faults = []
+    num_layers = architecture.model.num_layers
+    if layout.num_stages > num_layers:
+        each = layout.num_stages // layout.pp
+        made = f'with pp_schedule = "{layout.pp_schedule}" makes {layout.num_stages} stages, ' if each > 1 else "is "
+        other = ', or "1f1b"' if each > 1 and layout.pp <= num_layers else ""
+        faults.append(
+            f"parallel.pp = {layout.pp} {made}more than model.num_layers = {num_layers}: "
+            f"take pp of at most {num_layers // each}{other}."
+        )
+    if layout.pp_schedule == "zbv" and config.recompute != "none":
+        faults.append(
+            f'parallel.recompute = "{config.recompute}" with pp_schedule = "zbv": it takes backward apart in two, and '
+            'each half would compute the activations again; take recompute = "none", or pp_schedule = "1f1b".'
+        )
+    if layout.pp_schedule == "zbv" and compiled:
+        faults.append(
+            'run.compile with parallel.pp_schedule = "zbv": backward cannot be taken apart inside of compiled blocks; '
+            'take compile = false, or pp_schedule = "1f1b".'
+        )
     return faults
 
 
 def _model_faults(layout: Layout, architecture: Architecture) -> list[str]:
-    faults = []
-    num_layers = architecture.model.num_layers
-    if layout.pp > num_layers:
-        faults.append(f"parallel.pp = {layout.pp} is more than model.num_layers = {num_layers}: at most {num_layers}.")
+    units: dict[str, int] = {}
     for section, parts in (("mixers", architecture.mixers), ("feedforwards", architecture.feedforwards)):
         for name, (_, settings) in parts.items():
-            units: dict[str, int] = getattr(settings, "tensor_parallel_units", dict)()
-            for key, count in units.items():
-                if count % layout.tp:
-                    faults.append(
-                        f"parallel.tp = {layout.tp} does not divide {section}.{name}.{key} = {count}: "
-                        f"the largest tp that does is {largest_divisor(count, layout.tp)}."
-                    )
+            counts: dict[str, int] = getattr(settings, "tensor_parallel_units", dict)()
+            units |= {f"{section}.{name}.{key}": count for key, count in counts.items()}
+    legal = largest_divisor(gcd(*units.values()), layout.tp) if units else layout.tp
+    faults = [
+        f"parallel.tp = {layout.tp} does not divide {key} = {count}: the largest tp that fits this model is {legal}."
+        for key, count in units.items()
+        if count % layout.tp
+    ]
+    vocab_size = architecture.model.vocab_size
+    if layout.tp > 1 and -(-vocab_size // layout.tp) * (layout.tp - 1) >= vocab_size:
+        faults.append(
+            f"parallel.tp = {layout.tp} leaves a rank without any of model.vocab_size = {vocab_size} rows: take a "
+            f"smaller tp, for example {max(1, layout.tp // 2)}."
+        )
+    if layout.tp > 1:
+        faults += _undeclared(architecture)
     return faults
+
+
+def _undeclared(architecture: Architecture) -> list[str]:
+    """Layers, a user's own perhaps, that do not say how they are cut."""
+    import torch
+
+    from model.stack import Model
+    from parallel.tensor import sharding_faults
+
+    with torch.device("meta"):
+        return sharding_faults(Model(architecture))
 
 
 def largest_divisor(number: int, at_most: int) -> int:
@@ -143,9 +234,51 @@ def largest_divisor(number: int, at_most: int) -> int:
     return next(d for d in range(min(at_most, number), 0, -1) if number % d == 0)
 
 
-def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The device mesh `[dp_replicate, dp_shard]`. Collective: every rank calls it."""
-    from torch.distributed.device_mesh import init_device_mesh
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a layout as torch's meshes, and this one's place among them.
 
-    shape = (layout.dp_replicate, layout.dp_shard)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+    Attributes:
+        whole: `[pp, dp_replicate, dp_shard, tp]`; ranks of one tp group are neighbours.
+        data: `[dp_replicate, dp_shard]`, the ranks that hold other data (and other shards) of this one's parameters.
+        tensors: `[dp_replicate, tp, dp_shard]`, the order in which a parameter is cut: its tp share first, and that
+            among the data-parallel ranks.
+    """
+
+    layout: Layout
+    whole: DeviceMesh
+    data: DeviceMesh
+    tensors: DeviceMesh
+
+    def rank(self, name: str) -> int:
+        """This process's place along one dimension."""
+        return self.whole.get_local_rank(name)
+
+    def group(self, name: str) -> ProcessGroup:
+        """The processes along one dimension through this one."""
+        return self.whole.get_group(name)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the global batch this process has."""
+        return self.rank("dp_replicate") * self.layout.dp_shard + self.rank("dp_shard")
+
+    @property
+    def is_first_of_share(self) -> bool:
+        """Whether, of the processes with the same share of the batch, this is the one that speaks for it."""
+        return self.rank("pp") == 0 and self.rank("tp") == 0
+
+
+def build_mesh(layout: Layout, device_type: str) -> Mesh:
+    """The meshes of a layout. Collective: every rank calls it."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    names = ("pp", "dp_replicate", "dp_shard", "tp")
+    shape = tuple(getattr(layout, name) for name in names)
+    whole = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    order = ("dp_replicate", "tp", "dp_shard")
+    ranks = whole["dp_replicate", "dp_shard", "tp"].mesh.permute(0, 2, 1)
+    tensors = DeviceMesh.from_group(
+        [whole.get_group(name) for name in order], device_type, mesh=ranks, mesh_dim_names=order
+    )
+    return Mesh(layout, whole, whole["dp_replicate", "dp_shard"], tensors)

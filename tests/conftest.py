@@ -13,7 +13,7 @@ from tests.pool import Pool
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Gloo workers, started when the first case asks for them."""
-    workers = Pool(4)
+    workers = Pool(8)
     yield workers
     workers.stop()
 

@@ -80,6 +80,8 @@ def table(name: str) -> str:
     """The table of that name, as it should stand."""
     if name == "presets":
         return presets_table()
+    if name in layout_tables():
+        return _lines(layout_tables()[name])
     return keys_table(sections()[name])
 
 
@@ -121,6 +123,13 @@ def presets_table() -> str:
         link = f"[`{path.name}`](../configs/{path.name})"
         rows.append((link, ", ".join(m.pattern), ", ".join(dict.fromkeys(names)), *(f"{n:,}" for n in numbers)))
     return _lines(rows)
+
+
+def layout_tables() -> dict[str, list[tuple[str, ...]]]:
+    """Name -> rows of the tables of docs/layouts.md."""
+    from tests.conformance.cells import tables
+
+    return tables()
 
 
 def with_tables(text: str) -> str:

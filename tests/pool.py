@@ -7,6 +7,7 @@ case that fails or hangs poisons the others' collectives, so the pool is then ki
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import tempfile
 import traceback
@@ -25,6 +26,8 @@ def _worker(rank: int, tasks: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Tests look at whole tensors, however many collectives that takes; torch warns of each.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     while True:
         task = tasks.recv()
         if task is None:

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
 from model.hf.source import Source, StepFolder
 from model.shards import read_tensors, tensor_shapes
-from model.stack import Model
 from parallel.data import fill
 from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training
+from parallel.spread import Spread
 from trainer.config import CheckpointConfig
 
 
@@ -44,15 +43,22 @@ class Counters:
     skipped_in_a_row: int = 0
 
 
-def training_state(model: Model, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, Any]:
-    """Everything a checkpoint holds, as tensors by global name; loading writes into the same tensors."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    moments = {names[parameter]: state for parameter, state in optimizer.state.items() if isinstance(parameter, Tensor)}
+def training_state(model: Spread, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, Any]:
+    """Everything a checkpoint holds, as tensors by global name, each as a part of the whole model's; loading writes
+    into the same tensors."""
+    moments = {}
+    for name, parameter in model.parameters.items():
+        if parameter in optimizer.state:
+            state = optimizer.state[parameter]
+            # AdamW's count of steps is one number; the rest is shaped like the parameter.
+            moments[name] = {
+                key: value if value.ndim == 0 else model.whole(name, value) for key, value in state.items()
+            }
     counts = {key: torch.tensor(value, dtype=torch.int64) for key, value in asdict(counters).items()}
-    return {"model": dict(model.named_parameters()), "optimizer": moments, "counters": counts}
+    return {"model": model.whole_parameters(), "optimizer": moments, "counters": counts}
 
 
-def load_training_state(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> Counters:
+def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Optimizer) -> Counters:
     """Read a step folder into the model and the optimizer, in whatever layout they are. Collective.
 
     A parameter that was frozen when the folder was written (`run.freeze` may change) starts with a fresh optimizer
@@ -62,16 +68,18 @@ def load_training_state(folder: Path, model: Model, optimizer: torch.optim.Optim
     stored = tensor_shapes(folder, "optimizer.")
     state["optimizer"] = {name: moments for name, moments in state["optimizer"].items() if f"{name}.step" in stored}
     read_tensors(state, folder)
+    model.update_copies()
     return Counters(**{key: int(value) for key, value in state["counters"].items()})
 
 
-def load_weights(source: Source, model: Model) -> None:
+def load_weights(source: Source, model: Spread) -> None:
     """Read only the weights of MODEL into a model, in whatever layout it is. Collective."""
     if isinstance(source, StepFolder):
-        read_tensors({"model": dict(model.named_parameters())}, source.folder)
+        read_tensors({"model": model.whole_parameters()}, source.folder)
     else:
         weights = source.weights(model.architecture)
-        fill(model, lambda name: weights.read([name])[name])
+        fill(model.whole_parameters(), lambda name: weights.read([name])[name])
+    model.update_copies()
 
 
 class CheckpointWriter:

@@ -330,7 +330,8 @@ def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, 
     if architecture is None or parallel is None or data is None:
         return []
     sizes = {"seq_len": data.seq_len, "global_batch_size": data.global_batch_size}
-    return layout_faults(parallel, world_size, architecture, **sizes) + unbuilt_faults(parallel)
+    compiled = sections["run"] is not None and sections["run"].compile
+    return layout_faults(parallel, world_size, architecture, **sizes, compiled=compiled) + unbuilt_faults(parallel)
 
 
 def _file_faults(data: DataConfig | None, model: ModelConfig | None) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from model.config import ModelConfig
 from model.hf.loading import load_source
 from model.hf.source import Source, open_model
-from model.objective import NextToken
+from model.objective import NextToken, loss_sum
 from model.settings import build
 from model.stack import Model
 from trainer.data.check import check_sources
@@ -23,7 +23,6 @@ from trainer.data.sidecar import recorded_tokenizer
 from trainer.data.split import training_documents
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.ngram import NgramBaselines
-from trainer.step import loss_sum, micro_batches
 
 
 @dataclass
@@ -132,7 +131,7 @@ def _score(name: str, model: Model, data: EvaluationData, text_bytes: int | None
     device = next(model.parameters()).device
     nats, tokens = 0.0, 0
     for index in range(data.num_batches(batch_size)):
-        (batch,) = micro_batches(data.batch(index, range(batch_size), batch_size), 1, device)
+        batch = data.batch(index, range(batch_size), batch_size).to(device)
         nats += loss_sum(model, NextToken(), batch).item()
         tokens += int(batch.counted.sum())
     return Score(name, nats, tokens, text_bytes)

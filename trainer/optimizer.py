@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from model.stack import Model, undecayed_names
+from model.stack import undecayed_names
+from parallel.spread import Spread
 from trainer.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(model: Model, config: OptimizerConfig, frozen: list[str]) -> torch.optim.Optimizer:
+def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only, its state already there (so that a checkpoint can be read into it).
 
     Args:
@@ -21,22 +23,16 @@ def build_optimizer(model: Model, config: OptimizerConfig, frozen: list[str]) ->
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
-    names = dict(model.named_parameters())
-    unmatched = [pattern for pattern in frozen if not fnmatch.filter(names, pattern)]
-    if unmatched:
-        raise ValueError(f"run.freeze = {unmatched} matches no parameter; they are named like {next(iter(names))}.")
-    undecayed = undecayed_names(model)
+    model.freeze(frozen_names(model.all_shapes, frozen))
+    undecayed = {name for stage in model.stages for name in undecayed_names(stage)}
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
-    for name, parameter in names.items():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in frozen):
-            parameter.requires_grad_(False)
-            continue
-        decayed = parameter.ndim >= 2 and name not in undecayed
-        groups[config.weight_decay if decayed else 0.0].append(parameter)
-    if not any(groups.values()):
-        raise ValueError(f"run.freeze = {frozen} leaves no parameter to train.")
+    for name, parameter in model.parameters.items():
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 and name not in undecayed
+            groups[config.weight_decay if decayed else 0.0].append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters],
+        # A stage of a pipeline may have nothing for one of the groups, or nothing that is trained at all.
+        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -50,6 +46,22 @@ def build_optimizer(model: Model, config: OptimizerConfig, frozen: list[str]) ->
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     return optimizer
+
+
+def frozen_names(names: Iterable[str], patterns: list[str]) -> set[str]:
+    """The parameters that these patterns freeze, of the whole model's.
+
+    Raises:
+        ValueError: a pattern that no parameter matches, or nothing left to train.
+    """
+    names = list(names)
+    unmatched = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    if unmatched:
+        raise ValueError(f"run.freeze = {unmatched} matches no parameter; they are named like {names[0]}.")
+    frozen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    if len(frozen) == len(names):
+        raise ValueError(f"run.freeze = {patterns} leaves no parameter to train.")
+    return frozen
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -14,10 +14,10 @@ from model.files import write_json
 from model.hf.source import open_model
 from model.objective import OBJECTIVES
 from model.stack import Model
-from parallel.data import initialise, spread, sum_over_ranks
-from parallel.mesh import Layout, build_mesh, resolve_layout
+from parallel.data import sum_over_ranks
+from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import Process, from_first_rank
-from parallel.recompute import compile_blocks, recompute_blocks
+from parallel.spread import Spread, spread
 from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, load_weights, training_state
 from trainer.config import Config
 from trainer.data.evaluation import validation_sets
@@ -39,7 +39,7 @@ class Run:
     """Everything the loop speaks of."""
 
     config: Config
-    model: Model
+    model: Spread
     optimizer: torch.optim.Optimizer
     updater: Updater
     data: TrainingData
@@ -100,26 +100,27 @@ class Run:
 @contextmanager
 def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, status: Status) -> Iterator[Run]:
     """Build the run that `config` and `plan` describe; its files are closed at the end. Collective."""
-    layout = resolve_layout(config.parallel, process.world_size)
+    mesh = build_mesh(resolve_layout(config.parallel, process.world_size), process.device_type)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    model = build_model(config, layout, process, plan.precision)
+    model = spread(
+        config.architecture,
+        mesh,
+        config.parallel,
+        process.device,
+        precision=plan.precision,
+        seq_len=config.data.seq_len,
+        compiled=config.run.compile,
+    )
+    model.initialise(config.run.seed)
     optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
     counters = _restore(plan, model, optimizer)
     status.step = counters.step
-    share = config.data.global_batch_size // layout.data_parallel
-    rows = range(process.rank * share, (process.rank + 1) * share)
-    objective = OBJECTIVES[config.objective.kind]()
+    share = config.data.global_batch_size // mesh.layout.data_parallel
+    rows = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)
+    objective = OBJECTIVES[config.objective.kind](model.cross_entropy)
     updater = Updater(
-        model,
-        optimizer,
-        objective,
-        layout,
-        device=process.device,
-        grad_clip=config.optimizer.grad_clip,
-        seed=config.run.seed,
-        rank=process.rank,
-        stop=stop,
+        model, optimizer, objective, grad_clip=config.optimizer.grad_clip, seed=config.run.seed, stop=stop
     )
     data = TrainingData(
         config.data,
@@ -128,16 +129,18 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         cache_dir=plan.cache_dir,
         vocab_size=config.model.vocab_size,
     )
-    validation = _validation(config, objective, layout, rows, process.device, stop)
+    validation = _validation(config, objective, rows, stop)
     checkpoints = CheckpointWriter(
         Path(config.run.dir), config.checkpoint, lambda folder: checkpoint_files(folder, config, plan), status.event
     )
     if plan.resume_from is not None:
         checkpoints.saved_step = counters.step
-    flops_per_token = training_flops_per_token(model.flops(config.data.seq_len))
+    with torch.device("meta"):
+        whole = Model(config.architecture)
+    flops_per_token = training_flops_per_token(whole.flops(config.data.seq_len))
     peak = peak_flops(process.device, plan.precision)
     if process.is_first:
-        summary = summarise(model, layout, process, plan.precision, flops_per_token)
+        summary = summarise(whole, mesh.layout, process, plan.precision, flops_per_token)
         write_json(Path(config.run.dir) / "summary.json", summary)
     made_up = _left_out_validation(config, process, model, validation, counters.step)
     with _logs(config, process, counters.step, peak, made_up) as (metrics, progress):
@@ -162,7 +165,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         checkpoints.close()
 
 
-def _restore(plan: Plan, model: Model, optimizer: torch.optim.Optimizer) -> Counters:
+def _restore(plan: Plan, model: Spread, optimizer: torch.optim.Optimizer) -> Counters:
     """Continue from a checkpoint, begin with another model's weights, or begin. Collective."""
     if plan.resume_from is not None:
         return load_training_state(plan.resume_from, model, optimizer)
@@ -172,7 +175,7 @@ def _restore(plan: Plan, model: Model, optimizer: torch.optim.Optimizer) -> Coun
 
 
 def _left_out_validation(
-    config: Config, process: Process, model: Model, validation: Validation | None, step: int
+    config: Config, process: Process, model: Spread, validation: Validation | None, step: int
 ) -> dict[str, Any] | None:
     """A stop does not wait for a validation; the run that goes on makes up for it. Collective.
 
@@ -214,34 +217,16 @@ def _logs(
         yield metrics, stack.enter_context(progress)
 
 
-def build_model(config: Config, layout: Layout, process: Process, precision: str) -> Model:
-    """The model with its initial weights, spread over the mesh. Collective."""
-    with torch.device("meta"):
-        model = Model(config.architecture)
-    if precision == "fp64":
-        model.double()
-    recompute_blocks(model, config.parallel.recompute)
-    if config.run.compile:
-        compile_blocks(model)
-    model = spread(model, build_mesh(layout, process.device_type), bf16=precision == "bf16")
-    initialise(model, config.run.seed, process.device)
-    return model
-
-
-def _validation(
-    config: Config, objective: Any, layout: Layout, rows: range, device: torch.device, stop: StopRequest
-) -> Validation | None:
+def _validation(config: Config, objective: Any, rows: range, stop: StopRequest) -> Validation | None:
     if config.data.validate_every_steps == 0:
         return None
     return Validation(
         validation_sets(config.data, vocab_size=config.model.vocab_size),
         objective,
-        layout,
         every_steps=config.data.validate_every_steps,
         last_step=config.schedule.steps,
         batch_size=config.data.global_batch_size,
         batches=config.data.validation_batches,
         rows=rows,
-        device=device,
         stop=stop,
     )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from model.objective import Objective
-from model.stack import Model
-from parallel.data import release_gathered, sum_over_ranks
-from parallel.mesh import Layout
+from parallel.data import sum_over_ranks
+from parallel.spread import Spread
 from trainer.data.evaluation import EvaluationData
 from trainer.signals import StopRequest
-from trainer.step import loss_sum, micro_batches
 
 
 class Validation:
@@ -20,41 +16,36 @@ class Validation:
         self,
         sources: dict[str, EvaluationData],
         objective: Objective,
-        layout: Layout,
         *,
         every_steps: int,
         last_step: int,
         batch_size: int,
         batches: int,
         rows: range,
-        device: torch.device,
         stop: StopRequest,
     ):
-        self.sources, self.objective, self.layout = sources, objective, layout
+        self.sources, self.objective = sources, objective
         self.every_steps, self.last_step = every_steps, last_step
-        self.batch_size, self.batches, self.rows = batch_size, batches, rows
-        self.device, self.stop = device, stop
+        self.batch_size, self.batches, self.rows, self.stop = batch_size, batches, rows, stop
 
     def is_due(self, step: int) -> bool:
         """Whether one follows this update: every so many steps, and after the last."""
         return step % self.every_steps == 0 or step == self.last_step
 
-    @torch.no_grad()
-    def losses(self, model: Model) -> dict[str, float] | None:
+    def losses(self, model: Spread) -> dict[str, float] | None:
         """`val_loss` over all sources together and `val_loss/NAME` of each, in nats per token. Collective.
 
         None when some rank was asked to stop meanwhile: a stop must not wait for a long validation.
         """
         sums = {}
-        model.eval()
+        model.evaluating(True)
         try:
             for name, source in self.sources.items():
                 if (found := self._source_sums(model, source)) is None:
                     return None
                 sums[name] = found
         finally:
-            release_gathered(model)
-            model.train()
+            model.evaluating(False)
         nats = sum(found[0] for found in sums.values())
         counted = sum(found[1] for found in sums.values())
         losses = {"val_loss": nats / max(counted, 1.0)}
@@ -62,15 +53,13 @@ class Validation:
             losses |= {f"val_loss/{name}": found[0] / max(found[1], 1.0) for name, found in sums.items()}
         return losses
 
-    def _source_sums(self, model: Model, source: EvaluationData) -> tuple[float, float] | None:
+    def _source_sums(self, model: Spread, source: EvaluationData) -> tuple[float, float] | None:
         count = source.num_batches(self.batch_size)
         nats, counted = 0.0, 0.0
         for index in range(min(count, self.batches) if self.batches else count):
             batch = source.batch(index, self.rows, self.batch_size)
-            mine = [0.0, 0.0, float(self.stop.requested)]
-            for part in micro_batches(batch, self.layout.microbatches, self.device):
-                mine[0] += loss_sum(model, self.objective, part).item()
-                mine[1] += part.counted.sum().item()
+            mine_counted = batch.counted.sum().item() if model.mesh.is_first_of_share else 0.0
+            mine = [model.evaluate(batch, self.objective), mine_counted, float(self.stop.requested)]
             batch_nats, batch_counted, stops = sum_over_ranks(mine)
             if stops:
                 return None

@@ -62,6 +62,7 @@ class DiagBlock(Mixer):
 
     Config = DiagBlockConfig
     context = "none"
+    full_width_norm = "norm"
     examples = [
         {"num_heads": 4, "block": 16},
         {"num_heads": 16, "head_dim": 4, "block": 16, "activation": "relu", "norm": "srmsnorm"},

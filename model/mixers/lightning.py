@@ -66,6 +66,7 @@ class Lightning(Mixer):
     Config: ClassVar[type] = LightningConfig
     context = "state"
     bidirectional = False
+    full_width_norm = "norm"
     examples = [
         {"num_heads": 4},
         {"num_heads": 2, "head_dim": 6, "value_head_dim": 10, "lrpe_layers": []},

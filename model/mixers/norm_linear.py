@@ -66,6 +66,7 @@ class NormLinear(Mixer):
     Config = NormLinearConfig
     context = "state"
     bidirectional = False
+    full_width_norm = "norm"
     examples = [
         {"num_heads": 4},
         {"num_heads": 4, "activation": "elu"},

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.batch import Batch
 from model.config import Architecture
 from model.layer import Mixer
 from model.mixers import MIXERS
@@ -14,7 +15,6 @@ from model.registry import find
 from model.settings import build_architecture
 from model.stack import Model
 from parallel.data import initialise
-from trainer.data.batch import Batch
 
 D_MODEL, VOCAB = 32, 61
 

@@ -24,8 +24,8 @@ from model.mixers.norm_linear import NormLinear, NormLinearConfig, unit_vector
 from model.settings import build_architecture
 from model.stack import Model, undecayed_names
 from parallel.data import initialise
+from tests.conformance.layouts import kept_wide
 from tests.conformance.models import positions_of, random_documents
-from tests.conformance.test_data_parallel import kept_wide
 from tests.pool import Pool
 from trainer.config import load_config
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from model.config import Architecture
+from model.mixers.softmax import Softmax
 from model.settings import build_architecture
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, resolve_layout, unbuilt_faults
@@ -56,10 +57,13 @@ def test_what_is_left_goes_to_dp_shard() -> None:
         (6, {"dp_replicate": 4}, ["dp_replicate 4 x dp_shard 1", "= 4, but 6 processes", "a multiple of 4"]),
         (8, {"dp_shard": 2}, ["dp_shard 2", "but 8 processes", "dp_shard = 8"]),
         (3, {}, ["global_batch_size = 8", "1 x 3 x 1 = 3 equal parts", "nearest size that can is 9"]),
-        (2, {"tp": 2}, ["tp = 2", "num_kv_heads = 3", "largest tp that does is 1"]),
-        (5, {"pp": 5}, ["pp = 5 is more than model.num_layers = 4", "at most 4"]),
+        (2, {"tp": 2}, ["tp = 2", "num_kv_heads = 3", "largest tp that fits this model is 1"]),
+        (5, {"pp": 5}, ["pp = 5 is more than model.num_layers = 4", "pp of at most 4"]),
         (4, {"pp": 4, "microbatches": 2}, ["microbatches = 2", "take at least 4"]),
         (2, {"cp": 2, "ep": 4}, ["ep = 4 does not divide dp_shard x cp = 1 x 2", "largest ep that does is 2"]),
+        (3, {"pp": 3, "pp_schedule": "zbv"}, ['pp = 3 with pp_schedule = "zbv" makes 6 stages', "at most 2", '"1f1b"']),
+        (2, {"pp": 2, "pp_schedule": "zbv", "recompute": "full"}, ['recompute = "full" with pp_schedule = "zbv"']),
+        (2, {"pp": 2, "pp_schedule": "interleaved1f1b", "microbatches": 5}, ["5 in 2 rounds", "take 4 or 6"]),
         (1, {"tp": 0}, ["tp = 0 must be at least 1"]),
         (1, {"microbatches": -2}, ["microbatches = -2"]),
     ],
@@ -82,6 +86,44 @@ def test_all_reasons_come_at_once() -> None:
 
 
 def test_what_is_not_built_is_refused() -> None:
-    said = unbuilt_faults(ParallelConfig(tp=2, cp=2, engine="deepspeed"))
+    said = unbuilt_faults(ParallelConfig(ep=2, cp=2, engine="deepspeed"))
     assert len(said) == 3
     assert all("this version" in fault for fault in said)
+
+
+def small(tables: dict[str, Any], world_size: int, compiled: bool = False, **parallel: Any) -> list[str]:
+    base: dict[str, Any] = {
+        "model": {"d_model": 48, "num_layers": 4, "vocab_size": 9, "pattern": ["softmax"]},
+        "mixers": {"softmax": {"num_heads": 12}},
+        "feedforwards": {"swiglu": {"d_ff": 96}},
+    }
+    _, built = build_architecture(base | tables, [], allow_code=True)
+    assert built is not None
+    config = ParallelConfig(**parallel)
+    return layout_faults(config, world_size, built, seq_len=64, global_batch_size=8, compiled=compiled)
+
+
+def test_a_rank_needs_a_part_of_the_vocabulary() -> None:
+    assert small({}, 3, tp=3, sequence_parallel=False, dp_shard=1) == []
+    (said,) = small({}, 4, tp=4)
+    assert "tp = 4 leaves a rank without any of model.vocab_size = 9 rows" in said
+
+
+def test_zero_bubbles_are_not_compiled() -> None:
+    assert small({}, 2, pp=2, compiled=True) == []
+    (said,) = small({}, 2, pp=2, pp_schedule="zbv", compiled=True)
+    assert "run.compile" in said
+
+
+class Silent(Softmax):
+    """A mixer that forgets one of its parameters, and has another summed in the middle."""
+
+    sharding = {name: how for name, how in Softmax.sharding.items() if name != "v.weight"} | {"k.weight": "row"}
+
+
+def test_a_layer_that_does_not_say_how_it_is_cut() -> None:
+    own = {"mixers": {"softmax": {"kind": f"{__name__}:Silent", "num_heads": 12}}}
+    assert small(own, 1) == []
+    first, second = small(own, 2, tp=2)
+    assert "Silent does not say how v.weight is cut" in first
+    assert 'Silent says "row" for k, but only its output projection, o' in second

@@ -126,9 +126,9 @@ class NotFinite:
         self.rank, self.steps = rank, steps
 
     def __call__(self) -> Any:
-        import trainer.step
+        import parallel.spread
 
-        plain = trainer.step.loss_sum
+        plain = parallel.spread.loss_sum
         calls = 0
 
         def poisoned(*args: Any) -> torch.Tensor:
@@ -137,7 +137,7 @@ class NotFinite:
             bad = calls in self.steps and dist.get_rank() == self.rank
             return plain(*args) * (float("nan") if bad else 1.0)
 
-        return _patched(trainer.step, "loss_sum", poisoned)
+        return _patched(parallel.spread, "loss_sum", poisoned)
 
 
 def status(run_dir: Path) -> dict[str, Any]:

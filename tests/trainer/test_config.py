@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from parallel.mesh import build_mesh, resolve_layout
+from parallel.processes import process_group, this_process
+from parallel.spread import Spread, spread
 from tests.trainer.runs import write_config
 from trainer.config import Config, Refused, ScheduleConfig, config_from_tables, load_config
-from trainer.optimizer import build_optimizer, learning_rate
+from trainer.optimizer import build_optimizer, frozen_names, learning_rate
 
 
 @pytest.fixture
@@ -138,39 +143,48 @@ def test_learning_rates() -> None:
     assert [learning_rate(step, 1.0, wsd) for step in (10, 50, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
 
 
-def test_decay_is_for_matrices_only(path: Path) -> None:
-    from model.stack import Model
+@contextmanager
+def alone(config: Config) -> Iterator[Spread]:
+    """The model of a configuration on one process."""
+    with process_group(this_process()):
+        mesh = build_mesh(resolve_layout(config.parallel, 1), "cpu")
+        cpu = torch.device("cpu")
+        yield spread(config.architecture, mesh, config.parallel, cpu, precision="fp32", seq_len=config.data.seq_len)
 
+
+def test_decay_is_for_matrices_only(path: Path) -> None:
     config: Config = load_config(path, ["--model.bias", "true"])
-    model = Model(config.architecture)
-    optimizer = build_optimizer(model, config.optimizer, frozen=["layers.1.*"])
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    with alone(config) as model:
+        optimizer = build_optimizer(model, config.optimizer, frozen=["layers.1.*"])
+    names = {parameter: name for name, parameter in model.parameters.items()}
     groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
     assert "layers.0.mixer.lrpe.theta" in groups[0.0]
     assert "layers.0.feedforward.up.bias" in groups[0.0]
     assert "final_norm.weight" in groups[0.0]
     assert {"embedding.weight", "layers.0.mixer.q.weight", "head.weight"} <= groups[0.1]
     assert not [name for group in groups.values() for name in group if name.startswith("layers.1.")]
-    assert not model.layers["1"].mixer.q.weight.requires_grad
+    assert not model.parameters["layers.1.mixer.q.weight"].requires_grad
 
 
 def test_patterns_that_freeze_nothing_or_everything_are_refused(path: Path) -> None:
-    from model.stack import Model
-
-    config = load_config(path)
+    names = ["layers.0.mixer.q.weight", "layers.1.mixer.q.weight"]
+    assert frozen_names(names, ["layers.0.*"]) == {names[0]}
     with pytest.raises(ValueError, match="matches no parameter"):
-        build_optimizer(Model(config.architecture), config.optimizer, frozen=["layer.0.*"])
+        frozen_names(names, ["layer.0.*"])
     with pytest.raises(ValueError, match="leaves no parameter"):
-        build_optimizer(Model(config.architecture), config.optimizer, frozen=["*"])
+        frozen_names(names, ["*"])
 
 
 def test_the_optimizer_is_adamw_by_its_formula() -> None:
     from trainer.config import OptimizerConfig
 
-    class One(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
+    class One:
+        weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
+        parameters = all_shapes = {"weight": weight}
+        stages: list[torch.nn.Module] = []
+
+        def freeze(self, names: set[str]) -> None:
+            assert not names
 
     model = One()
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5), [])  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.batch import Batch
+from model.batch import Batch
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.evaluation import EvaluationData, validation_sets
 from trainer.data.fingerprint import fingerprint, fingerprint_differences

@@ -1,30 +1,13 @@
-"""What a step is fed with."""
+"""From arrays of tokens to the batch that a step is fed with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
-
-
-@dataclass
-class Batch:
-    """Rows of tokens, each with what is to be predicted from it. All int64 [B, N] on the CPU but `counted`.
-
-    `counted` bool [B, N]: whether the prediction of targets[b, i] from token i enters the loss.
-    `documents`: which document a token belongs to, non-decreasing from 0 in every row; None when documents are not
-    isolated. `positions`: from 0 at every document, or, when they are not isolated, at every row.
-    """
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    counted: torch.Tensor
-    documents: torch.Tensor | None
-    positions: torch.Tensor
+    from model.batch import Batch
 
 
 def assemble(tokens: np.ndarray, targets: np.ndarray, counted: np.ndarray, pieces: np.ndarray, isolate: bool) -> Batch:
@@ -33,6 +16,8 @@ def assemble(tokens: np.ndarray, targets: np.ndarray, counted: np.ndarray, piece
     `pieces`: a number per token that changes exactly where another document begins, non-decreasing along N.
     """
     import torch
+
+    from model.batch import Batch
 
     places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     begins = np.zeros(tokens.shape, dtype=bool)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.data.batch import Batch, assemble, check_rows
+from trainer.data.batch import assemble, check_rows
 from trainer.data.config import DataConfig
 from trainer.data.indexed import open_pair
 from trainer.data.split import split_ranges
 from trainer.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from model.batch import Batch
 
 
 class EvaluationData:

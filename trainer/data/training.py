@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from model.files import file_sha256
-from trainer.data.batch import Batch, assemble, check_rows
+from trainer.data.batch import assemble, check_rows
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import open_pair
 from trainer.data.lazy import megatron
 from trainer.data.order import ensure, order_folder, wait_for
 from trainer.data.split import training_range
+
+if TYPE_CHECKING:
+    from model.batch import Batch
 
 
 class TrainingData:

@@ -1,35 +1,12 @@
-"""Plant faults, one at a time, and see the tests fail: `make mutations`.
-
-Each fault breaks a copy of the code in a way the field breaks. A fault that no test notices is printed as SURVIVED and
-the exit code is 1. Not part of CI: it takes a few minutes.
-"""
+"""Faults in kernels, model, trainer and data parallelism: each breaks the code in a way the field breaks."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from tests.mutations.fault import Fault
 
-ROOT = Path(__file__).parents[1]
-FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
 CONFORMANCE = "tests/conformance/test_mixers.py"
-LAYOUTS = "tests/conformance/test_data_parallel.py"
+LAYOUTS = "tests/conformance/test_layouts.py::test_a_layout_equals_one_process"
 RESUME = "tests/trainer/test_resume.py"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong, the replacements in one file that make it so, and the tests that must notice."""
-
-    name: str
-    file: str
-    replacements: list[tuple[str, str]]
-    tests: list[str] = field(default_factory=list)
-
 
 FAULTS = [
     Fault(
@@ -89,31 +66,31 @@ FAULTS = [
     Fault(
         "gradient divided by the local token count",
         "trainer/step.py",
-        [("/ max(counted, 1.0)\n        total =", "/ max(batch.counted.sum().item(), 1.0)\n        total =")],
+        [("1.0 / max(counted, 1.0))", "1.0 / max(batch.counted.sum().item(), 1.0))")],
         [LAYOUTS],
     ),
     Fault(
         "gradient not divided by the token count",
         "trainer/step.py",
-        [("gradient_divisor(self.model, self.layout.data_parallel) / max(counted, 1.0)", "1.0")],
+        [("1.0 / max(counted, 1.0))", "1.0)")],
         [LAYOUTS, RESUME],
     ),
     Fault(
         "gradient scaled by the data-parallel size",
-        "parallel/data.py",
-        [("return data_parallel if isinstance(model, FSDPModule) else 1", "return 1")],
+        "parallel/spread.py",
+        [("return self.mesh.data.size() if isinstance(self.stages[0], FSDPModule) else 1", "return 1")],
         [LAYOUTS],
     ),
     Fault(
         "gradient norm of the local shard",
         "parallel/gradients.py",
-        [("        for group in groups:\n            dist.all_reduce(squares, group=group)\n", "")],
+        [("    dist.all_reduce(squares)\n", "")],
         ["tests/parallel/test_gradients.py", LAYOUTS],
     ),
     Fault(
         "replicated gradients counted once per replica",
         "parallel/gradients.py",
-        [("if isinstance(placement, Shard) and mesh.size(dim) > 1", "if mesh.size(dim) > 1")],
+        [("return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in alike)", "return True")],
         ["tests/parallel/test_gradients.py", LAYOUTS],
     ),
     Fault(
@@ -137,7 +114,7 @@ FAULTS = [
     Fault(
         "a rank's share of the batch is its neighbour's",
         "trainer/run.py",
-        [("rows = range(process.rank * share, (process.rank + 1) * share)", "rows = range(share)")],
+        [("rows = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)", "rows = range(share)")],
         [RESUME],
     ),
     Fault(
@@ -252,39 +229,3 @@ FAULTS = [
         ["tests/model/test_minimax.py"],
     ),
 ]
-
-
-def plant(fault: Fault, folder: Path) -> bool:
-    """Break a copy of the code; whether the tests notice."""
-    for floor in FLOORS:
-        shutil.copytree(ROOT / floor, folder / floor, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    path = folder / fault.file
-    text = path.read_text()
-    for old, new in fault.replacements:
-        assert text.count(old) >= 1, f"{fault.name}: {fault.file} has no {old!r} any more"
-        text = text.replace(old, new)
-    path.write_text(text)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *fault.tests]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
-    # 1 is "tests failed"; anything else means that pytest itself did not get that far.
-    assert done.returncode in (0, 1), f"{fault.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}"
-    return done.returncode == 1
-
-
-def main(wanted: list[str]) -> int:
-    """Plant all faults, or those whose name holds one of the words given."""
-    chosen = [fault for fault in FAULTS if not wanted or any(word in fault.name for word in wanted)]
-    survived = 0
-    for fault in chosen:
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="headway-fault-") as folder:
-            caught = plant(fault, Path(folder))
-        survived += not caught
-        print(f"{'caught' if caught else 'SURVIVED':<9} {fault.name} ({time.monotonic() - began:.0f} s)", flush=True)
-    print(f"{len(chosen) - survived} of {len(chosen)} faults caught")
-    return 1 if survived else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,269 @@
+"""A model spread over the processes of a run: what this process holds of it, and how all of them run it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from model.batch import Batch
+from model.config import Architecture
+from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
+from model.stack import Model
+from parallel.collectives import sum_lists
+from parallel.config import ParallelConfig
+from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
+from parallel.mesh import Mesh, stages_of_rank
+from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
+from parallel.recompute import compile_blocks, recompute_blocks
+from parallel.region import Region
+from parallel.tensor import Cuts, cut
+from parallel.vocabulary import VocabularyCrossEntropy
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def spread(
+    architecture: Architecture,
+    mesh: Mesh,
+    config: ParallelConfig,
+    device: torch.device,
+    *,
+    precision: str,
+    seq_len: int,
+    compiled: bool = False,
+) -> Spread:
+    """Build this process's part of a model, on the meta device: stage, tensor-parallel share, FSDP shards.
+
+    Args:
+        precision: of matrix products: bf16, fp32 or fp64.
+        seq_len: for which the stages of a pipeline are balanced.
+    """
+    layout = mesh.layout
+    with torch.device("meta"):
+        if layout.pp > 1:
+            layers = layers_of_stages(architecture, layout, seq_len)
+            mine = stages_of_rank(layout, mesh.rank("pp"))
+            stages: list[Model] = [Stage(architecture, index, layers) for index in mine]
+        else:
+            stages = [Model(architecture)]
+    region = None
+    if layout.tp > 1:
+        group = mesh.group("tp").group_name
+        region = Region(group, mesh.rank("tp"), layout.tp, cuts_sequence=layout.sequence_parallel)
+    cuts = []
+    for stage in stages:
+        if precision == "fp64":
+            stage.double()
+        cuts.append(Cuts.none(stage) if region is None else cut(stage, region))
+        recompute_blocks(stage, config.recompute)
+        if compiled:
+            compile_blocks(stage)
+        shard(stage, mesh.data, bf16=precision == "bf16", keep_gathered=layout.pp > 1)
+    return Spread(architecture, mesh, device, stages, cuts, region, DTYPES[precision])
+
+
+class Spread:
+    """What one process holds of a model, under the names of the whole, and how it is run.
+
+    Attributes:
+        stages: the modules here: stages of a pipeline, or the one model.
+        parameters: name -> parameter, as the optimizer sees it; each parameter of the whole model is here, or on
+            another process, under the same name.
+        all_shapes: name -> shape of each parameter of the whole model.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        mesh: Mesh,
+        device: torch.device,
+        stages: list[Model],
+        cuts: list[Cuts],
+        region: Region | None,
+        dtype: torch.dtype,
+    ):
+        self.architecture, self.mesh, self.layout, self.device = architecture, mesh, mesh.layout, device
+        self.stages, self.dtype, self._region = stages, dtype, region
+        self.cuts = Cuts({}, {})
+        for part in cuts:
+            self.cuts.shapes |= part.shapes
+            self.cuts.dimensions |= part.dimensions
+            self.cuts.summed |= part.summed
+        with torch.device("meta"):
+            self.all_shapes = {name: parameter.shape for name, parameter in Model(architecture).named_parameters()}
+        self.frozen: set[str] = set()
+        self.pipeline = None
+        if self.layout.pp > 1:
+            assert all(isinstance(stage, Stage) for stage in stages)
+            parts = [stage for stage in stages if isinstance(stage, Stage)]
+            self.pipeline = Pipeline(parts, self.layout, device, mesh.group("pp"), self._residual)
+        self.parameters = self._named_parameters()
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for stage in self.stages:
+            own = dict(stage.named_parameters())
+            if getattr(stage, "holds_copy", False):
+                del own["head.weight"]
+            found |= own
+        return found
+
+    @property
+    def gradient_divisor(self) -> int:
+        """By how much the engine divides summed gradients (FSDP2 averages; gloo cannot be told otherwise)."""
+        return self.mesh.data.size() if isinstance(self.stages[0], FSDPModule) else 1
+
+    @property
+    def cross_entropy(self) -> CrossEntropy:
+        """The loss for the logits that come out of this model."""
+        if self._region is None:
+            return cross_entropy
+        return VocabularyCrossEntropy(self._region, self.architecture.model.vocab_size)
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor like the parameter `name` (itself, its gradient, a moment) as a part of the whole model's.
+
+        It shares memory with what is given. Alone, that is the tensor itself.
+        """
+        if self.mesh.whole.size() == 1 and not isinstance(tensor, DTensor):
+            return tensor
+        placements: list[Placement] = [Replicate(), Replicate(), Replicate()]
+        if (dimension := self.cuts.dimensions[name]) is not None:
+            placements[1] = Shard(dimension)
+        if isinstance(tensor, DTensor):
+            placements[2] = Shard(0)
+        shape = self.cuts.shapes[name]
+        return DTensor.from_local(
+            local(tensor.detach()),
+            self.mesh.tensors,
+            placements,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """Name -> parameter as a part of the whole model's."""
+        return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
+
+    def initialise(self, seed: int) -> None:
+        """Memory and initial values for what was built on the meta device. Collective."""
+        for stage in self.stages:
+            initialise(stage, seed, self.device, self.whole)
+        # What was on the meta device has been exchanged. (And while FSDP has parameters gathered, modules name others.)
+        self.parameters = self._named_parameters()
+        self.update_copies()
+
+    def freeze(self, names: set[str]) -> None:
+        """Train all parameters but these, of the whole model's."""
+        self.frozen = names
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name not in names)
+        if (copied := self._copy()) is not None:
+            copied.requires_grad_("embedding.weight" not in names)
+
+    def train(self, batch: Batch, objective: Objective, scale: float) -> float:
+        """Gradients of `scale` times the nats of this process's share of the batch. Collective.
+
+        Returns:
+            The nats, on one of the processes that have this share; 0 on the others.
+        """
+        batch, scale = batch.to(self.device), scale * self.gradient_divisor
+        if self.pipeline is not None:
+            nats = self.pipeline.train(batch, objective, scale)
+        else:
+            nats = torch.zeros((), dtype=torch.float64, device=self.device)
+            for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
+                synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
+                part_nats = loss_sum(self.stages[0], objective, part)
+                (part_nats * scale).backward()
+                nats += part_nats.detach()
+        self._finish_gradients()
+        return nats.item() if self._speaks else 0.0
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, objective: Objective) -> float:
+        """The nats of this process's share of the batch, on one of the processes that have it. Collective."""
+        batch = batch.to(self.device)
+        if self.pipeline is not None:
+            nats = self.pipeline.evaluate(batch, objective).item()
+        else:
+            parts = batch.micro_batches(self.layout.microbatches)
+            nats = sum(loss_sum(self.stages[0], objective, part).item() for part in parts)
+        return nats if self._speaks else 0.0
+
+    def evaluating(self, yes: bool) -> None:
+        """Between training and evaluation, and back."""
+        for stage in self.stages:
+            stage.train(not yes)
+            if not yes:
+                release_gathered(stage)
+
+    @property
+    def _speaks(self) -> bool:
+        # All tensor-parallel ranks compute the same loss. (Pipeline stages before the last have none.)
+        return self.mesh.rank("tp") == 0
+
+    def _finish_gradients(self) -> None:
+        """Add up what the backward passes of different ranks have of one parameter's gradient. Collective."""
+        if self.cuts.summed:
+            gradients = [self.parameters[name].grad for name in sorted(self.cuts.summed & self.parameters.keys())]
+            sum_lists([local(gradient) for gradient in gradients if gradient is not None], self.mesh.group("tp"))
+        self._from_copy()
+
+    # One matrix for the embedding and the head, in two stages: the first one's is the parameter, the last one's a copy.
+
+    def _embedding(self) -> nn.Parameter | None:
+        """The tied embedding, in the process that has the first stage of a pipeline."""
+        if self.pipeline is None or not self.architecture.model.tie_embeddings:
+            return None
+        return self.parameters.get("embedding.weight")
+
+    def _copy(self) -> nn.Parameter | None:
+        """Its copy, in the process that has the last stage."""
+        heads = [stage.head for stage in self.stages if getattr(stage, "holds_copy", False)]
+        return heads[0].weight if heads and heads[0] is not None else None
+
+    def _from_copy(self) -> None:
+        """Add the gradient of the head to that of the embedding that it is a copy of."""
+        original, copied = self._embedding(), self._copy()
+        if "embedding.weight" not in self.frozen:
+            received = None if original is None else torch.empty_like(local(original))
+            self._between(None if copied is None else local(copied.grad), received, last_to_first=True)
+            if original is not None:
+                local(original.grad).add_(received)
+        if copied is not None:
+            copied.grad = None
+
+    @torch.no_grad()
+    def update_copies(self) -> None:
+        """After the parameters have changed: the head that is a copy of the embedding follows it. Collective."""
+        original, copied = self._embedding(), self._copy()
+        self._between(
+            None if original is None else local(original),
+            None if copied is None else local(copied),
+            last_to_first=False,
+        )
+
+    def _between(self, sent: Tensor | None, received: Tensor | None, *, last_to_first: bool) -> None:
+        """Hand a tensor from the process with the last stage to the one with the first, or back."""
+        if sent is None and received is None:
+            return
+        if sent is not None and received is not None:
+            received.copy_(sent)
+            return
+        holders = stage_holders(self.layout)
+        group = self.mesh.group("pp")
+        if sent is not None:
+            dist.send(sent.contiguous(), group=group, group_dst=holders[0 if last_to_first else -1])
+        elif received is not None:
+            dist.recv(received, group=group, group_src=holders[-1 if last_to_first else 0])
+
+    def _residual(self, rows: int, n: int) -> Tensor:
+        """An empty residual stream `[B, n, D]` as it passes between stages."""
+        if self._region is not None and self._region.cuts_sequence:
+            n //= self._region.size
+        return torch.empty(rows, n, self.architecture.model.d_model, dtype=self.dtype, device=self.device)

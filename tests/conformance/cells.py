@@ -1,0 +1,105 @@
+"""The layout matrix as tables: which test stands behind each cell, and which sentence behind each refusal."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from model.config import Architecture
+from parallel.config import ParallelConfig
+from parallel.mesh import layout_faults, unbuilt_faults
+from tests.conformance.layouts import LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
+from tests.conformance.models import CASES, mixer_class
+from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS
+from tests.conformance.test_layouts import KINDS, OTHER_LAYOUTS, OTHERS, faults
+
+Rows = list[tuple[str, ...]]
+FILE = "tests/conformance/test_layouts.py"
+
+
+def tables() -> dict[str, Rows]:
+    """Every table of docs/layouts.md by its name."""
+    return {
+        "layouts": _cells(LAYOUTS, ["test_a_layout_equals_one_process", "test_a_layout_equals_one_process_in_fp32"]),
+        "products": _cells(PRODUCTS, ["test_a_product_equals_one_process"]),
+        "other settings": _other_settings(),
+        "crossings": _crossings(),
+        "refusals": _refusals(),
+    }
+
+
+def settings_of(parallel: ParallelConfig) -> str:
+    """What a layout sets, less what is left at its default."""
+    default = ParallelConfig()
+    changed = {f.name: getattr(parallel, f.name) for f in fields(parallel)}
+    return ", ".join(f"{key} {value}" for key, value in changed.items() if value != getattr(default, key)) or "defaults"
+
+
+def _cells(layouts: dict[str, tuple[int, ParallelConfig]], tests: list[str]) -> Rows:
+    precisions = ["fp64, 1e-9", "fp32, 1e-5"][: len(tests)]
+    rows: Rows = [("layout", "processes", "settings", *KINDS), ("---", "--:", *["---"] * (1 + len(KINDS)))]
+    for name, (world_size, parallel) in layouts.items():
+        assert all(faults(Case(kind, num_layers=8), name) == [] for kind in KINDS), "a cell without a test"
+        rows.append((name, str(world_size), settings_of(parallel), *["; ".join(precisions)] * len(KINDS)))
+    return rows
+
+
+def _other_settings() -> Rows:
+    rows: Rows = [("mixer", "settings", *OTHER_LAYOUTS), ("---",) * (2 + len(OTHER_LAYOUTS))]
+    for kind, example in OTHERS:
+        settings = ", ".join(f"{key} {value}" for key, value in mixer_class(kind).examples[example].items())
+        cells = []
+        for name in OTHER_LAYOUTS:
+            why = faults(Case(kind, example), name)
+            cells.append(f"refused: {' '.join(why).replace('mixers.it', f'mixers.{kind}')}" if why else "fp64, 1e-9")
+        rows.append((kind, settings, *cells))
+    return rows
+
+
+def _crossings() -> Rows:
+    rows: Rows = [("written by", "read by", "the run that goes on equals"), ("---",) * 3]
+    rows += [(by, then, "one process, fp64, 1e-9; parameters and moments") for by, then in CROSSINGS]
+    rows += [(name, name, f"the run that was not stopped, {precision}, bit for bit") for name, precision in BIT_EQUAL]
+    return rows
+
+
+def _refusals() -> Rows:
+    """Layouts that are refused, and the sentences."""
+    asked: list[tuple[int, dict[str, Any], bool]] = [
+        (6, {"dp_replicate": 4}, False),
+        (8, {"dp_shard": 2}, False),
+        (3, {}, False),
+        (8, {"tp": 8}, False),
+        (5, {"tp": 5, "dp_shard": 1}, False),
+        (8, {"pp": 8}, False),
+        (4, {"pp": 4, "pp_schedule": "zbv"}, False),
+        (4, {"pp": 4, "microbatches": 2}, False),
+        (2, {"pp": 2, "pp_schedule": "interleaved1f1b", "microbatches": 5, "dp_shard": 1}, False),
+        (2, {"pp": 2, "pp_schedule": "zbv", "recompute": "full"}, False),
+        (2, {"pp": 2, "pp_schedule": "zbv"}, True),
+        (2, {"cp": 2}, False),
+        (2, {"ep": 2}, False),
+        (1, {"engine": "deepspeed"}, False),
+    ]
+    architecture: Architecture = Case("softmax").architecture()
+    rows: Rows = [("asked for", "refused with"), ("---", "---")]
+    for world_size, settings, compiled in asked:
+        config = ParallelConfig(**settings)
+        sizes = {"seq_len": LENGTH, "global_batch_size": ROWS}
+        said = layout_faults(config, world_size, architecture, **sizes, compiled=compiled) + unbuilt_faults(config)
+        assert said, f"{settings} is legal now"
+        what = f"{settings_of(config)}{', run.compile' if compiled else ''} on {world_size} processes"
+        rows.append((what, "<br>".join(said).replace("mixers.it", "mixers.softmax")))
+    return rows
+
+
+def test_ids() -> set[str]:
+    """Every test that the tables speak of, as pytest calls it."""
+    ids = {f"{FILE}::test_a_layout_equals_one_process[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
+    ids |= {f"{FILE}::test_a_layout_equals_one_process_in_fp32[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
+    ids |= {f"{FILE}::test_a_product_equals_one_process[{kind}-{name}]" for kind in KINDS for name in PRODUCTS}
+    ids |= {f"{FILE}::test_other_settings_of_a_mixer[{k}-{e}-{name}]" for k, e in OTHERS for name in OTHER_LAYOUTS}
+    return ids
+
+
+assert len(CASES) == len(KINDS) + len(OTHERS)

@@ -1,0 +1,297 @@
+"""Two training steps of a small model in a layout, to be compared with the same on one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from model.config import Architecture
+from model.objective import NextToken
+from model.settings import build_architecture
+from parallel.config import ParallelConfig
+from parallel.data import local
+from parallel.mesh import build_mesh, resolve_layout
+from parallel.spread import Spread, spread
+from tests.conformance.models import D_MODEL, VOCAB, mixer_class, random_batch
+from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, training_state
+from trainer.config import CheckpointConfig, OptimizerConfig
+from trainer.optimizer import build_optimizer
+from trainer.signals import StopRequest
+from trainer.step import Updater
+
+ROWS, LENGTH = 16, 24
+FEEDFORWARDS = {2: ["sglu", "gelu"], 4: ["swiglu", "gelu", "sglu", "swiglu"]}
+LR, CLIP = 0.01, 0.5
+
+Tensors = dict[str, torch.Tensor]
+
+LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "fsdp2": (2, ParallelConfig()),
+    "fsdp4": (4, ParallelConfig(microbatches=2)),
+    "hsdp2x2": (4, ParallelConfig(dp_replicate=2, microbatches=2)),
+    "replicate2": (2, ParallelConfig(dp_replicate=2)),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "tp4": (4, ParallelConfig(tp=4, microbatches=2)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp4 interleaved": (4, ParallelConfig(pp=4, pp_schedule="interleaved1f1b")),
+    "pp2 zbv": (2, ParallelConfig(pp=2, pp_schedule="zbv")),
+    "tp2 x pp2": (4, ParallelConfig(tp=2, pp=2)),
+    "tp2 x fsdp2": (4, ParallelConfig(tp=2)),
+    "pp2 x fsdp2": (4, ParallelConfig(pp=2)),
+    "tp2 x pp2 x fsdp2": (8, ParallelConfig(tp=2, pp=2)),
+}
+"""Every mixer is compared in each of these; a name is processes and settings."""
+
+PRODUCTS: dict[str, tuple[int, ParallelConfig]] = {
+    "accumulate 4": (1, ParallelConfig(microbatches=4)),
+    "recompute": (1, ParallelConfig(recompute="full")),
+    "tp2, sequence whole": (2, ParallelConfig(tp=2, sequence_parallel=False)),
+    "tp2, selective recomputation": (2, ParallelConfig(tp=2, recompute="selective", microbatches=2)),
+    "tp4 x fsdp2": (8, ParallelConfig(tp=4)),
+    "tp2 x hsdp2x2": (8, ParallelConfig(tp=2, dp_replicate=2, microbatches=2)),
+    "tp2 x replicate2": (4, ParallelConfig(tp=2, dp_replicate=2)),
+    "pp4": (4, ParallelConfig(pp=4, microbatches=4)),
+    "pp2, recompute": (2, ParallelConfig(pp=2, recompute="full")),
+    "pp2 x hsdp2x2": (8, ParallelConfig(pp=2, dp_replicate=2)),
+    "tp2 x pp2, sequence whole": (4, ParallelConfig(tp=2, pp=2, sequence_parallel=False)),
+    "tp2 x pp2 interleaved": (4, ParallelConfig(tp=2, pp=2, pp_schedule="interleaved1f1b")),
+    "pp2 interleaved x fsdp2": (4, ParallelConfig(pp=2, pp_schedule="interleaved1f1b")),
+    "pp2 zbv x fsdp2": (4, ParallelConfig(pp=2, pp_schedule="zbv")),
+    "tp2 x pp2 zbv": (4, ParallelConfig(tp=2, pp=2, pp_schedule="zbv")),
+    "tp2 x pp2 zbv x fsdp2": (8, ParallelConfig(tp=2, pp=2, pp_schedule="zbv")),
+    "tp2 x pp2 x fsdp2, recompute": (8, ParallelConfig(tp=2, pp=2, microbatches=8, recompute="full")),
+    "tp2 x pp2 x replicate2": (8, ParallelConfig(tp=2, pp=2, dp_replicate=2)),
+    "tp2 x pp4": (8, ParallelConfig(tp=2, pp=4)),
+    "tp4 x pp2": (8, ParallelConfig(tp=4, pp=2)),
+}
+"""Further products up to 8 processes, with accumulation and recomputation."""
+
+
+def depth(name: str, precision: str) -> int:
+    """Layers of the model that is compared in a layout: as few as will do, and one at least for each stage."""
+    _, parallel = (LAYOUTS | PRODUCTS)[name]
+    stages = resolve_layout(parallel, 8).num_stages
+    return max(stages, 4 if precision == "fp64" else 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: a mixer, one of its examples, and what its model is like.
+
+    In fp32 two layers are compared and in fp64 four: rounding inside forward grows with the depth, and in fp32 it comes
+    near the bound where heads are few and their products small (as near for one process, against fp64).
+    """
+
+    kind: str
+    example: int = 0
+    num_layers: int = 4
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def architecture(self) -> Architecture:
+        """Width 32, a vocabulary that no tp divides, all feed-forwards; tied, with biases, unless `model` says else."""
+        settings: dict[str, Any] = {
+            "d_model": D_MODEL,
+            "num_layers": self.num_layers,
+            "vocab_size": VOCAB,
+            "pattern": ["it"],
+            "feedforward_pattern": FEEDFORWARDS[min(self.num_layers, 4)],
+            "tie_embeddings": True,
+            "bias": True,
+            "init_std": 0.1,
+        }
+        tables = {
+            "model": settings | self.model,
+            "mixers": {"it": {"kind": self.kind} | mixer_class(self.kind).examples[self.example]},
+            "feedforwards": {"swiglu": {"d_ff": 48}, "sglu": {"d_ff": 24}, "gelu": {"d_ff": 64}},
+        }
+        faults: list[str] = []
+        _, built = build_architecture(tables, faults, allow_code=True)
+        assert built is not None, faults
+        return built
+
+
+def build(case: Case, parallel: ParallelConfig, precision: str, compiled: bool = False) -> Spread:
+    """The model in a layout, with its initial values. Collective."""
+    layout = resolve_layout(parallel, dist.get_world_size())
+    cpu = torch.device("cpu")
+    model = spread(
+        case.architecture(),
+        build_mesh(layout, "cpu"),
+        parallel,
+        cpu,
+        precision=precision,
+        seq_len=LENGTH,
+        compiled=compiled,
+    )
+    model.initialise(seed=3)
+    return model
+
+
+def updater_of(model: Spread, frozen: tuple[str, ...] = ()) -> Updater:
+    # Adam makes a whole step of a gradient that is nothing but rounding (that of a key's bias under a softmax is zero
+    # in exact arithmetic). Its eps is put well above rounding, so that what is compared is the layout.
+    eps = 1e-6 if model.dtype == torch.float64 else 1e-3
+    optimizer = build_optimizer(model, OptimizerConfig(lr=LR, eps=eps, grad_clip=CLIP), frozen=list(frozen))
+    objective = NextToken(model.cross_entropy)
+    return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
+
+
+def share_of(model: Spread, step: int) -> Any:
+    """This process's rows of the global batch of a step; rows count 5 to 95% of their tokens."""
+    share = ROWS // model.layout.data_parallel
+    rows = slice(model.mesh.data_rank * share, (model.mesh.data_rank + 1) * share)
+    return random_batch(ROWS, LENGTH, seed=step).rows(rows)
+
+
+def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
+    """Full copies, by name, of what this process has parts of. Collective."""
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            logical = model.whole(name, tensor)
+            full = logical.full_tensor() if isinstance(logical, DTensor) else logical
+            found[name] = full.detach().clone()
+    return found
+
+
+def two_steps(
+    case: Case,
+    parallel: ParallelConfig,
+    precision: str = "fp64",
+    frozen: tuple[str, ...] = (),
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Losses and norms of two steps, a validation loss, the gradients of the first step, and the parameters at the end.
+
+    Tensors come from one process for each pipeline rank.
+    """
+    model = build(case, parallel, precision, compiled)
+    updater = updater_of(model, frozen)
+    seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "gradients": {}}
+    plain_step = updater.optimizer.step
+
+    def noting_step() -> None:
+        if not seen["gradients"]:
+            seen["gradients"] = whole(model, {name: p.grad for name, p in model.parameters.items()})
+        plain_step()
+
+    updater.optimizer.step = noting_step  # type: ignore[method-assign, assignment]
+    for step in (1, 2):
+        outcome = updater.update(share_of(model, step), step, lr=LR)
+        seen["losses"].append(outcome.loss)
+        seen["norms"].append(outcome.grad_norm)
+        # Between training steps, as validation comes: it must leave no trace.
+        model.evaluating(True)
+        nats = torch.tensor(model.evaluate(share_of(model, 100), updater.objective), dtype=torch.float64)
+        model.evaluating(False)
+        dist.all_reduce(nats)
+        seen["evaluated"].append(nats.item())
+    seen["parameters"] = whole(model, dict(model.parameters))
+    if model.mesh.data_rank or model.mesh.rank("tp"):
+        seen["gradients"], seen["parameters"] = {}, {}
+    return seen
+
+
+def compiled_steps(case: Case, parallel: ParallelConfig, precision: str, cache: str) -> dict[str, Any]:
+    """As `two_steps`, with compiled blocks; and what the compiler counted: graph breaks, and hits of its cache."""
+    from torch._dynamo.utils import counters
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    torch._dynamo.reset()
+    counters.clear()
+    seen = two_steps(case, parallel, precision, compiled=True)
+    return seen | {"breaks": dict(counters["graph_break"]), "hits": counters["inductor"]["fxgraph_cache_hit"]}
+
+
+def merged(results: list[dict[str, Any]], what: str) -> Tensors:
+    """The tensors of all pipeline ranks; each name comes from one of them."""
+    found: Tensors = {}
+    for result in results:
+        assert not found.keys() & result[what].keys(), "a parameter in two places"
+        found |= result[what]
+    return found
+
+
+def differences(found: Tensors, wanted: Tensors, floor: float) -> Iterator[tuple[float, str]]:
+    """||a - b|| / ||b|| of each tensor and its name; where ||b|| is below the floor, over the floor."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape, name
+        error = (found[name].double() - value.double()).norm() / max(value.double().norm().item(), floor)
+        yield error.item(), name
+
+
+def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any], tolerance: float) -> float:
+    """Every rank's loss and norm, and every tensor, within the tolerance of one process's; the largest difference."""
+    worst = 0.0
+    for what in ("losses", "norms", "evaluated"):
+        for rank, result in enumerate(results):
+            for ours, theirs in zip(result[what], alone[what], strict=True):
+                error = abs(ours - theirs) / abs(theirs)
+                assert error <= tolerance, f"{what} on rank {rank}: {result[what]}, alone {alone[what]}"
+                worst = max(worst, error)
+    for what, floor in (("gradients", 1e-3 * alone["norms"][0]), ("parameters", 1e-3)):
+        wrong = []
+        for error, name in differences(merged(results, what), alone[what], floor):
+            worst = max(worst, error)
+            if not error <= tolerance:
+                wrong.append(f"{name}: {error:.1e}")
+        assert not wrong, f"{what} differ: {', '.join(wrong)}"
+    return worst
+
+
+def kept_wide(kind: str) -> set[str]:
+    """Names of parameters that forward sees in fp32 under bf16."""
+    model = build(Case(kind, num_layers=2), ParallelConfig(), "bf16")
+    seen = set()
+
+    def note(module: torch.nn.Module, prefix: str) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype == torch.float32:
+                seen.add(f"{prefix}.{name}".lstrip("."))
+
+    for prefix, module in model.stages[0].named_modules():
+        module.register_forward_hook(lambda m, a, o, prefix=prefix: note(m, prefix))
+    model.stages[0](random_batch(2, 8).tokens)
+    return seen
+
+
+def train_and_write(
+    case: Case, parallel: ParallelConfig, precision: str, run_dir: Path, steps: int, write: bool
+) -> dict[str, Any]:
+    """Go on from step `steps - 1`, if it was written, to `steps`; write that, or say what came of it."""
+    model = build(case, parallel, precision)
+    updater = updater_of(model)
+    began = Counters(steps - 1, ROWS, ROWS * LENGTH, skipped=3, skipped_in_a_row=2)
+    folder = run_dir / "checkpoints" / f"step-{steps - 1:08d}"
+    if folder.exists():
+        assert load_training_state(folder, model, updater.optimizer) == began
+    outcome = updater.update(share_of(model, steps), steps, lr=LR)
+    if write:
+        writer = CheckpointWriter(run_dir, CheckpointConfig(), lambda _: {}, lambda *_, **__: None)
+        ended = Counters(steps, ROWS, ROWS * LENGTH, skipped=3, skipped_in_a_row=2)
+        writer.save(training_state(model, updater.optimizer, ended), steps)
+        # What is changed after the call must not reach the file.
+        with torch.no_grad():
+            for parameter in model.parameters.values():
+                local(parameter).zero_()
+        writer.close()
+        return {}
+    moments = {
+        f"{name}.{key}": whole(model, {name: moment})[name]
+        for name, parameter in model.parameters.items()
+        for key, moment in updater.optimizer.state[parameter].items()
+        if key != "step"
+    }
+    seen = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
+    seen |= {"parameters": whole(model, dict(model.parameters)), "moments": moments}
+    if model.mesh.data_rank or model.mesh.rank("tp"):
+        seen["parameters"], seen["moments"] = {}, {}
+    return seen

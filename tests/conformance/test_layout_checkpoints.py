@@ -1,0 +1,106 @@
+"""A checkpoint written in any layout is read in any: model and optimizer go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.config import ParallelConfig
+from tests.conformance.layouts import LAYOUTS, PRODUCTS, Case, differences, merged, train_and_write
+from tests.conformance.test_layouts import KINDS, TOLERANCE
+from tests.pool import Pool
+
+MATRIX = pytest.mark.matrix
+ALL = LAYOUTS | PRODUCTS | {"alone": (1, ParallelConfig())}
+CROSSINGS = [
+    ("tp2 x pp2", "fsdp2"),
+    ("fsdp4", "tp2 x pp2"),
+    ("tp2 x pp2 x fsdp2", "alone"),
+    ("alone", "tp2 x pp2 x fsdp2"),
+    ("pp2 zbv x fsdp2", "tp4"),
+    ("tp2 x hsdp2x2", "pp2 zbv"),
+    ("tp4 x fsdp2", "pp4"),
+]
+
+BIT_EQUAL = [
+    ("tp2 x pp2", "fp32"),
+    ("tp2 x pp2 x fsdp2", "bf16"),
+    ("pp2 zbv x fsdp2", "fp32"),
+    ("tp2 x hsdp2x2", "bf16"),
+    ("tp4", "fp32"),
+    ("pp4 interleaved", "fp32"),
+]
+
+
+def written_and_read(pool: Pool, case: Case, tmp_path: Path, by: str, then: str, precision: str) -> list[Any]:
+    for name, steps, write in ((by, 1, True), (then, 2, False)):
+        world_size, parallel = ALL[name]
+        found = pool.run(train_and_write, world_size, case, parallel, precision, tmp_path, steps, write)
+    return found
+
+
+def assert_continued(found: list[Any], wanted: list[Any], tolerance: float) -> None:
+    assert {tuple(result["losses"]) for result in found} == {tuple(found[0]["losses"])}
+    assert found[0]["losses"] == pytest.approx(wanted[0]["losses"], rel=tolerance)
+    assert found[0]["norms"] == pytest.approx(wanted[0]["norms"], rel=tolerance)
+    for what, floor in (("parameters", 1e-3), ("moments", 1e-6)):
+        for error, name in differences(merged(found, what), merged(wanted, what), floor):
+            assert error <= tolerance, f"{what}: {name}: {error:.1e}"
+
+
+@pytest.fixture(scope="module")
+def twin(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """The second of two steps of one process, for each mixer."""
+
+    @cache
+    def run(kind: str) -> list[Any]:
+        return written_and_read(pool, Case(kind), tmp_path_factory.mktemp(kind), "alone", "alone", "fp64")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("by", "then"), [*CROSSINGS[:5], *(pytest.param(*case, marks=MATRIX) for case in CROSSINGS[5:])]
+)
+@pytest.mark.parametrize("kind", [kind if kind == "lightning" else pytest.param(kind, marks=MATRIX) for kind in KINDS])
+def test_a_checkpoint_continues_in_another_layout(
+    pool: Pool, twin: Callable[[str], list[Any]], tmp_path: Path, kind: str, by: str, then: str
+) -> None:
+    wanted = twin(kind)
+    found = written_and_read(pool, Case(kind), tmp_path, by, then, "fp64")
+    assert_continued(found, wanted, TOLERANCE["fp64"])
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [*BIT_EQUAL[:2], *(pytest.param(*case, marks=MATRIX) for case in BIT_EQUAL[2:])]
+)
+def test_in_the_same_layout_it_continues_bit_for_bit(pool: Pool, tmp_path: Path, name: str, precision: str) -> None:
+    """Against a run that was never stopped: its second step follows its first in memory."""
+    world_size, parallel = ALL[name]
+    wanted = pool.run(straight_on, world_size, Case("lightning"), parallel, precision)
+    found = written_and_read(pool, Case("lightning"), tmp_path / "stopped", name, name, precision)
+    assert found[0]["losses"] == wanted[0]["losses"]
+    assert found[0]["norms"] == wanted[0]["norms"]
+    for name, value in merged(wanted, "parameters").items():
+        assert torch.equal(merged(found, "parameters")[name], value), name
+
+
+def straight_on(case: Case, parallel: ParallelConfig, precision: str) -> dict[str, Any]:
+    from tests.conformance.layouts import LR, build, share_of, updater_of, whole
+
+    model = build(case, parallel, precision)
+    updater = updater_of(model)
+    updater.update(share_of(model, 1), 1, lr=LR)
+    outcome = updater.update(share_of(model, 2), 2, lr=LR)
+    parameters = whole(model, dict(model.parameters))
+    speaks = not (model.mesh.data_rank or model.mesh.rank("tp"))
+    return {
+        "losses": [outcome.loss],
+        "norms": [outcome.grad_norm],
+        "parameters": parameters if speaks else {},
+    }

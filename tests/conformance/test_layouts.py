@@ -1,0 +1,155 @@
+"""Every layout equals one process: losses, every gradient, gradient norms, and the parameters after two updates.
+
+In fp64 to 1e-9 and in fp32 to 1e-5 of each tensor, so that a wrong factor has nowhere to hide. Rows count 5 to 95% of
+their tokens, so a mean of means is not the mean; clipping is at work; the vocabulary is divided by no tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.config import Architecture
+from parallel.config import ParallelConfig
+from parallel.mesh import layout_faults
+from tests.conformance.layouts import (
+    LAYOUTS,
+    LENGTH,
+    PRODUCTS,
+    ROWS,
+    Case,
+    assert_equal,
+    compiled_steps,
+    depth,
+    kept_wide,
+    two_steps,
+)
+from tests.conformance.models import CASES
+from tests.pool import Pool
+
+KINDS = list(dict.fromkeys(kind for kind, _ in CASES))
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+ALONE = ParallelConfig()
+Alone = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def alone(pool: Pool) -> Alone:
+    """What one process comes to, computed once for each case."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def run(case: Case, precision: str = "fp64", **options: Any) -> dict[str, Any]:
+        key = f"{case} {precision} {options}"
+        if key not in known:
+            known[key] = pool.run(two_steps, 1, case, ALONE, precision, **options)[0]
+            assert all(norm > 0.5 for norm in known[key]["norms"]), "the clipping was idle"
+        return known[key]
+
+    return run
+
+
+def faults(case: Case, name: str) -> list[str]:
+    """Why this mixer's example cannot be trained in this layout."""
+    world_size, parallel = (LAYOUTS | PRODUCTS)[name]
+    architecture: Architecture = case.architecture()
+    return layout_faults(parallel, world_size, architecture, seq_len=LENGTH, global_batch_size=ROWS)
+
+
+def compare(pool: Pool, alone: Alone, case: Case, name: str, precision: str, **options: Any) -> None:
+    world_size, parallel = (LAYOUTS | PRODUCTS)[name]
+    assert faults(case, name) == []
+    found = pool.run(two_steps, world_size, case, parallel, precision, **options)
+    assert_equal(found, alone(case, precision, **options), TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    compare(pool, alone, Case(kind, num_layers=depth(name, "fp64")), name, "fp64")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    compare(pool, alone, Case(kind, num_layers=depth(name, "fp32")), name, "fp32")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    compare(pool, alone, Case(kind, num_layers=depth(name, "fp64")), name, "fp64")
+
+
+OTHERS = [(kind, example) for kind, example in CASES if example > 0]
+OTHER_LAYOUTS = ["tp2", "tp4", "tp2 x pp2 x fsdp2"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+@pytest.mark.parametrize(("kind", "example"), OTHERS)
+def test_other_settings_of_a_mixer(pool: Pool, alone: Alone, kind: str, example: int, name: str) -> None:
+    """Grouped queries, odd head widths, windows, other activations; where tp cannot cut them, a refusal."""
+    case = Case(kind, example)
+    if why := faults(case, name):
+        assert all("largest tp that fits this model is" in sentence for sentence in why)
+        return
+    compare(pool, alone, case, name, "fp64")
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "a head of its own": {"tie_embeddings": False},
+    "learned positions, layernorm": {"positions": "learned", "max_positions": LENGTH, "norm": "layernorm"},
+    "norms without weights, no biases": {"norm": "srmsnorm", "bias": False, "positions": "none"},
+    "parallel residual, scaled embedding": {"residual": "parallel", "embedding_scale": "sqrt"},
+    "normalised residual": {"residual": "normalised", "residual_factors": {"it": (1.5, 0.7), "gelu": (0.9, 1.1)}},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["tp2 x pp2", pytest.param("tp2 x pp2 zbv x fsdp2", marks=pytest.mark.matrix)])
+def test_other_models(pool: Pool, alone: Alone, model: str, name: str) -> None:
+    compare(pool, alone, Case("softmax", model=MODELS[model]), name, "fp64")
+
+
+@pytest.mark.parametrize("frozen", ["embedding.*", "layers.[01].*", "layers.3.*"])
+@pytest.mark.parametrize("name", ["pp2", "tp2 x fsdp2", "pp2 zbv x fsdp2"])
+def test_frozen_parameters(pool: Pool, alone: Alone, frozen: str, name: str) -> None:
+    """A stage of which everything is frozen still hands gradients on; a tied embedding is frozen in both places."""
+    patterns = (frozen, "embedding.*", "positions.*") if frozen.startswith("layers") else (frozen,)
+    model = {"positions": "learned", "max_positions": LENGTH}
+    compare(pool, alone, Case("softmax", model=model), name, "fp64", frozen=patterns)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("tp2 x pp2 x fsdp2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_stays_near_and_keeps_fp32_masters(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    world_size, parallel = LAYOUTS[name]
+    for found in pool.run(two_steps, world_size, Case(kind), parallel, "bf16"):
+        assert found["losses"] == pytest.approx(alone(Case(kind))["losses"], rel=0.02)
+        assert found["evaluated"] == pytest.approx(alone(Case(kind))["evaluated"], rel=0.02)
+        assert {str(value.dtype) for value in found["parameters"].values()} <= {"torch.float32"}
+        assert {str(value.dtype) for value in found["gradients"].values()} <= {"torch.float32"}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["softmax", "lightning"])
+@pytest.mark.parametrize("name", ["tp2", "tp2 x pp2"])
+def test_compiled_blocks_the_second_time_too(pool: Pool, alone: Alone, tmp_path: Path, kind: str, name: str) -> None:
+    """With a warm cache, torch compiles a tensor-parallel model of DTensors into one with wrong gradients (on CPUs)."""
+    world_size, parallel = LAYOUTS[name]
+    case = Case(kind, num_layers=2)
+    for time in ("first", "second"):
+        found = pool.run(compiled_steps, world_size, case, parallel, "fp32", str(tmp_path))
+        assert_equal(found, alone(case, "fp32"), TOLERANCE["fp32"])
+        assert all(result["breaks"] == {} for result in found)
+        if time == "second":
+            assert all(result["hits"] > 0 for result in found), "the cache was cold"
+
+
+def test_angles_stay_fp32_under_bf16(pool: Pool) -> None:
+    assert pool.run(kept_wide, 2, "lightning")[0] == {"layers.0.mixer.lrpe.theta"}

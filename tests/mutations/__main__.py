@@ -1,0 +1,58 @@
+"""Plant faults, one at a time, and see the tests fail: `make mutations`.
+
+Each fault breaks a copy of the code in a way the field breaks. A fault that no test notices is printed as SURVIVED and
+the exit code is 1. Not part of CI: it takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.mutations.fault import Fault
+from tests.mutations.general import FAULTS as GENERAL
+from tests.mutations.layouts import FAULTS as IN_LAYOUTS
+
+ROOT = Path(__file__).parents[2]
+FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
+FAULTS = [*GENERAL, *IN_LAYOUTS]
+
+
+def plant(fault: Fault, folder: Path) -> bool:
+    """Break a copy of the code; whether the tests notice."""
+    for floor in FLOORS:
+        shutil.copytree(ROOT / floor, folder / floor, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    path = folder / fault.file
+    text = path.read_text()
+    for old, new in fault.replacements:
+        assert text.count(old) >= 1, f"{fault.name}: {fault.file} has no {old!r} any more"
+        text = text.replace(old, new)
+    path.write_text(text)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *fault.tests]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
+    # 1 is "tests failed"; anything else means that pytest itself did not get that far.
+    assert done.returncode in (0, 1), f"{fault.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}"
+    return done.returncode == 1
+
+
+def main(wanted: list[str]) -> int:
+    """Plant all faults, or those whose name holds one of the words given."""
+    chosen = [fault for fault in FAULTS if not wanted or any(word in fault.name for word in wanted)]
+    survived = 0
+    for fault in chosen:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="headway-fault-") as folder:
+            caught = plant(fault, Path(folder))
+        survived += not caught
+        print(f"{'caught' if caught else 'SURVIVED':<9} {fault.name} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} faults caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""Faults of tensor, sequence and pipeline parallelism, and of what they do together with data parallelism."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+MATRIX = "tests/conformance/test_layouts.py::test_a_layout_equals_one_process"
+
+
+def cells(kind: str, *names: str) -> list[str]:
+    """Tests of the matrix: one mixer in these layouts."""
+    return [f"{MATRIX}[{kind}-{name}]" for name in names]
+
+
+FAULTS = [
+    Fault(
+        "decay slopes from the local head index",
+        "parallel/tensor.py",
+        [("buffer[share.start : share.stop].clone()", "buffer[: len(share)].clone()")],
+        cells("lightning", "tp2"),
+    ),
+    Fault(
+        "a norm over local heads",
+        "parallel/tensor.py",
+        [
+            (
+                "            norm = DeferredNorm(plain)\n            setattr(layer, layer.full_width_norm, norm)\n",
+                "            plain.width = len(region.share(plain.width))\n",
+            )
+        ],
+        cells("lightning", "tp2"),
+    ),
+    Fault(
+        "a norm's sum of squares that is not summed",
+        "parallel/norms.py",
+        [("rsqrt(squares / self.width", "rsqrt(squares.detach() / self.width")],
+        cells("norm_linear", "tp2"),
+    ),
+    Fault(
+        "a tied embedding whose head does not add its gradient",
+        "parallel/spread.py",
+        [("                local(original.grad).add_(received)\n", "                pass\n")],
+        cells("softmax", "pp2"),
+    ),
+    Fault(
+        "a tied head that does not follow the embedding",
+        "trainer/step.py",
+        [("            self.model.update_copies()\n", "")],
+        cells("softmax", "pp2"),
+    ),
+    Fault(
+        "a tied head that does not follow the embedding after a resume",
+        "trainer/checkpoint.py",
+        [("    model.update_copies()\n    return Counters", "    return Counters")],
+        ["tests/conformance/test_layout_checkpoints.py"],
+    ),
+    Fault(
+        "micro-batches averaged instead of weighted",
+        "parallel/spread.py",
+        [("(part_nats * scale).backward()", "(part_nats / part.counted.sum() / self.layout.microbatches).backward()")],
+        cells("softmax", "fsdp4"),
+    ),
+    Fault(
+        "micro-batches of a pipeline averaged instead of weighted",
+        "parallel/pipeline.py",
+        [("return nats * self._scale", "return nats / (targets != IGNORED).sum() / self.layout.microbatches")],
+        cells("softmax", "pp2"),
+    ),
+    Fault(
+        "a pipeline's gradients divided by its micro-batches",
+        "parallel/pipeline.py",
+        [("scale_grads=False", "scale_grads=True")],
+        cells("softmax", "pp2"),
+    ),
+    Fault(
+        "parameters put back between forward and backward under zero bubbles",
+        "parallel/spread.py",
+        [("keep_gathered=layout.pp > 1", "keep_gathered=False")],
+        ["tests/conformance/test_layouts.py::test_a_product_equals_one_process[softmax-pp2 zbv x fsdp2]"],
+    ),
+    Fault(
+        "stages without shapes, which torch then finds out by a hidden step",
+        "parallel/pipeline.py",
+        [("output_args=self._logits(rows, n) if stage.is_last else stream,", "output_args=None,")],
+        ["tests/parallel/test_pipeline.py"],
+    ),
+    Fault(
+        "documents that do not reach the stages",
+        "parallel/pipeline.py",
+        [("if batch.documents is not None:", "if False:")],
+        cells("softmax", "pp2"),
+    ),
+    Fault(
+        "documents that do not reach the stages in evaluation",
+        "parallel/pipeline.py",
+        [("documents=part.documents)", "documents=None)")],
+        cells("softmax", "pp2"),
+    ),
+    Fault(
+        "gradients of what heads share, not summed over ranks",
+        "parallel/tensor.py",
+        [("            cuts.summed.add(prefix + name)\n", "            pass\n")],
+        cells("norm_linear", "tp2"),
+    ),
+    Fault(
+        "gradients of norms on pieces of the sequence, not summed",
+        "parallel/tensor.py",
+        [("    if region.cuts_sequence:\n        layers", "    if False:\n        layers")],
+        cells("softmax", "tp2"),
+    ),
+    Fault(
+        "a bias that every tensor-parallel rank adds",
+        "parallel/tensor.py",
+        [
+            ("partial = F.linear(x, self.weight)", "partial = F.linear(x, self.weight, self.bias)"),
+            ("return out if self.bias is None else out + self.bias", "return out"),
+        ],
+        cells("softmax", "tp2"),
+    ),
+    Fault(
+        "a target taken from every part of the vocabulary",
+        "parallel/vocabulary.py",
+        [(" - top_T1)[:, 0] * inside_T", " - top_T1)[:, 0]")],
+        ["tests/parallel/test_tensor.py", *cells("softmax", "tp2")],
+    ),
+    Fault(
+        "the loss counted once for each tensor-parallel rank",
+        "parallel/spread.py",
+        [('return self.mesh.rank("tp") == 0', "return True")],
+        cells("softmax", "tp2"),
+    ),
+    Fault(
+        "tokens counted once for each rank",
+        "parallel/mesh.py",
+        [('return self.rank("pp") == 0 and self.rank("tp") == 0', "return True")],
+        cells("softmax", "tp2"),
+    ),
+    Fault(
+        "replicas that train on the same rows",
+        "parallel/mesh.py",
+        [
+            (
+                'return self.rank("dp_replicate") * self.layout.dp_shard + self.rank("dp_shard")',
+                'return self.rank("dp_shard")',
+            )
+        ],
+        cells("softmax", "replicate2", "hsdp2x2"),
+    ),
+    Fault(
+        "a gradient norm that counts what all ranks hold alike each time",
+        "parallel/gradients.py",
+        [("return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in alike)", "return True")],
+        cells("softmax", "tp2"),
+    ),
+    Fault(
+        "tensor-parallel shares saved as if they were whole",
+        "parallel/spread.py",
+        [("            placements[1] = Shard(dimension)\n", "            pass\n")],
+        ["tests/conformance/test_layout_checkpoints.py"],
+    ),
+    Fault(
+        "gates of the local instead of the global heads",
+        "parallel/tensor.py",
+        [("others[2] = gates[..., share.start : share.stop]", "others[2] = gates[..., : len(share)]")],
+        ["tests/parallel/test_tensor.py"],
+    ),
+    Fault(
+        "statistics rounded to the type of the message",
+        "parallel/norms.py",
+        [("while len(terms) < 3 and", "while False and")],
+        ["tests/parallel/test_tensor.py"],
+    ),
+    Fault(
+        "a frozen stage that hands no gradients on",
+        "parallel/pipeline.py",
+        [("            x.requires_grad_()", "            pass")],
+        ["tests/conformance/test_layouts.py::test_frozen_parameters"],
+    ),
+]
