@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from parallel.config import ParallelConfig
-from tests.conformance.layouts import LAYOUTS, PRODUCTS, Case, differences, merged, train_and_write
+from tests.conformance.layouts import LAYOUTS, PRODUCTS, Case, depth, differences, merged, train_and_write
 from tests.conformance.test_layouts import KINDS, TOLERANCE
 from tests.pool import Pool
 
@@ -82,8 +82,9 @@ def test_a_checkpoint_continues_in_another_layout(
 def test_in_the_same_layout_it_continues_bit_for_bit(pool: Pool, tmp_path: Path, name: str, precision: str) -> None:
     """Against a run that was never stopped: its second step follows its first in memory."""
     world_size, parallel = ALL[name]
-    wanted = pool.run(straight_on, world_size, Case("lightning"), parallel, precision)
-    found = written_and_read(pool, Case("lightning"), tmp_path / "stopped", name, name, precision)
+    case = Case("lightning", num_layers=depth(name, "fp64"))
+    wanted = pool.run(straight_on, world_size, case, parallel, precision)
+    found = written_and_read(pool, case, tmp_path, name, name, precision)
     assert found[0]["losses"] == wanted[0]["losses"]
     assert found[0]["norms"] == wanted[0]["norms"]
     for name, value in merged(wanted, "parameters").items():
