@@ -57,8 +57,6 @@ class Stage(Model):
             x = self.embed(x, ctx)
         for block in self.layers.values():
             x = block(x, ctx)
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()  # All of it is frozen; torch's schedules expect to go backward through every stage.
         return self.logits(x) if self.is_last else x
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from model.config import Architecture
@@ -197,6 +198,16 @@ def two_steps(
     if model.mesh.data_rank or model.mesh.rank("tp"):
         seen["gradients"], seen["parameters"] = {}, {}
     return seen
+
+
+def plain_gradients(case: Case) -> tuple[float, Tensors]:
+    """Loss and gradients of the first step by plain autograd: the mean over the counted tokens of the whole batch."""
+    model = build(case, ParallelConfig(), "fp64").stages[0]
+    batch = random_batch(ROWS, LENGTH, seed=1)
+    logits = model(batch.tokens, documents=batch.documents, positions=batch.positions)
+    loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted])
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def compiled_steps(case: Case, parallel: ParallelConfig, precision: str, cache: str) -> dict[str, Any]:

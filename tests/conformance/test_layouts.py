@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.config import Architecture
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults
 from tests.conformance.layouts import (
+    CLIP,
     LAYOUTS,
     LENGTH,
     PRODUCTS,
@@ -25,6 +27,7 @@ from tests.conformance.layouts import (
     compiled_steps,
     depth,
     kept_wide,
+    plain_gradients,
     two_steps,
 )
 from tests.conformance.models import CASES
@@ -69,6 +72,18 @@ def compare(pool: Pool, alone: Alone, case: Case, name: str, precision: str, **o
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
     compare(pool, alone, Case(kind, num_layers=depth(name, "fp64")), name, "fp64")
+
+
+def test_one_process_trains_on_the_mean_over_counted_tokens(pool: Pool, alone: Alone) -> None:
+    """What all layouts are compared with is itself compared: with plain autograd, before and after clipping."""
+    ((loss, gradients),) = pool.run(plain_gradients, 1, Case("softmax"))
+    found = alone(Case("softmax"))
+    norm = sum(gradient.square().sum().item() for gradient in gradients.values()) ** 0.5
+    assert found["losses"][0] == pytest.approx(loss, rel=1e-12)
+    assert found["norms"][0] == pytest.approx(norm, rel=1e-12)
+    assert found["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found["gradients"][name], gradient * (CLIP / norm), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.matrix

@@ -73,7 +73,7 @@ FAULTS = [
         "gradient not divided by the token count",
         "trainer/step.py",
         [("1.0 / max(counted, 1.0))", "1.0)")],
-        [LAYOUTS, RESUME],
+        ["tests/conformance/test_layouts.py::test_one_process_trains_on_the_mean_over_counted_tokens"],
     ),
     Fault(
         "gradient scaled by the data-parallel size",

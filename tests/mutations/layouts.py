@@ -170,10 +170,4 @@ FAULTS = [
         [("while len(terms) < 3 and", "while False and")],
         ["tests/parallel/test_tensor.py"],
     ),
-    Fault(
-        "a frozen stage that hands no gradients on",
-        "parallel/pipeline.py",
-        [("            x.requires_grad_()", "            pass")],
-        ["tests/conformance/test_layouts.py::test_frozen_parameters"],
-    ),
 ]
