@@ -39,6 +39,8 @@ def _worker(rank: int, tasks: Connection) -> None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
             )
+            # All are connected before any goes on: one that is done at once would hang up on those still connecting.
+            dist.barrier()
             try:
                 tasks.send((True, function(*args, **kwargs)))
             finally:
