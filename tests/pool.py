@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS_PER_CASE = 120
+CASES_PER_LIFE = 80
+"""Process groups leave descriptors and threads behind; after some two hundred cases, workers stood still."""
 
 
 def _worker(rank: int, tasks: Connection) -> None:
@@ -61,6 +63,8 @@ class Pool:
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """The results by rank. A failure on any rank is raised here with that rank's traceback."""
         assert world_size <= self.size, f"the pool has {self.size} workers"
+        if self.cases % CASES_PER_LIFE == 0:
+            self.stop()
         if not self.workers:
             self._start()
         self.cases += 1
