@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,17 @@ def plain_gradients(case: Case) -> tuple[float, Tensors]:
     loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted])
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compiled_steps(case: Case, parallel: ParallelConfig, precision: str, cache: str) -> dict[str, Any]:
+    """As `two_steps`, with compiled blocks; and what the compiler counted: graph breaks, and hits of its cache."""
+    from torch._dynamo.utils import counters
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    torch._dynamo.reset()
+    counters.clear()
+    seen = two_steps(case, parallel, precision, compiled=True)
+    return seen | {"breaks": dict(counters["graph_break"]), "hits": counters["inductor"]["fxgraph_cache_hit"]}
 
 
 def merged(results: list[dict[str, Any]], what: str) -> Tensors:

@@ -7,6 +7,7 @@ their tokens, so a mean of means is not the mean; clipping is at work; the vocab
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.conformance.layouts import (
     ROWS,
     Case,
     assert_equal,
+    compiled_steps,
     depth,
     kept_wide,
     plain_gradients,
@@ -156,6 +158,20 @@ def test_bf16_stays_near_and_keeps_fp32_masters(pool: Pool, alone: Alone, kind: 
         assert found["evaluated"] == pytest.approx(alone(Case(kind))["evaluated"], rel=0.02)
         assert {str(value.dtype) for value in found["parameters"].values()} <= {"torch.float32"}
         assert {str(value.dtype) for value in found["gradients"].values()} <= {"torch.float32"}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("kind", "name"), [("softmax", "tp2"), ("lightning", "tp2 x pp2")])
+def test_compiled_blocks_the_second_time_too(pool: Pool, alone: Alone, tmp_path: Path, kind: str, name: str) -> None:
+    """With a warm cache, torch compiles a tensor-parallel model of DTensors into one with wrong gradients (on CPUs)."""
+    world_size, parallel = LAYOUTS[name]
+    case = Case(kind, num_layers=2)
+    for time in ("first", "second"):
+        found = pool.run(compiled_steps, world_size, case, parallel, "fp32", str(tmp_path))
+        assert_equal(found, alone(case, "fp32"), TOLERANCE["fp32"])
+        assert all(result["breaks"] == {} for result in found)
+        if time == "second":
+            assert all(result["hits"] > 0 for result in found), "the cache was cold"
 
 
 def test_angles_stay_fp32_under_bf16(pool: Pool) -> None:
