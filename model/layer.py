@@ -63,7 +63,7 @@ class Layer(nn.Module):
     Attributes:
         Config: the layer's settings, a dataclass; a mixer's has `num_heads`. It may have `faults(d_model)`, sentences
             about settings that cannot be built, and `tensor_parallel_units()`, what tp must divide.
-        sharding: parameter (or buffer) name -> how tensor parallelism cuts it. Every parameter has to be there.
+        sharding: parameter (or buffer) name -> how tensor parallelism cuts it. All of them have to be there.
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
         no_decay: names of matrices that weight decay must leave alone.
     """

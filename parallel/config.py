@@ -17,7 +17,7 @@ class ParallelConfig:
     tp: int = 1
     """Tensor-parallel ranks."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline-parallel ranks, each with one stage or two (pp_schedule)."""
     cp: int = 1
     """Ranks over which a sequence is cut."""
     ep: int = 1

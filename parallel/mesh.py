@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 from typing import TYPE_CHECKING
 
 from parallel.config import ParallelConfig
@@ -201,21 +201,30 @@ def _model_faults(layout: Layout, architecture: Architecture) -> list[str]:
         for name, (_, settings) in parts.items():
             counts: dict[str, int] = getattr(settings, "tensor_parallel_units", dict)()
             units |= {f"{section}.{name}.{key}": count for key, count in counts.items()}
-    legal = largest_divisor(gcd(*units.values()), layout.tp) if units else layout.tp
+    vocab_size = architecture.model.vocab_size
+    legal = next(
+        tp
+        for tp in range(layout.tp, 0, -1)
+        if _all_have_rows(vocab_size, tp) and all(count % tp == 0 for count in units.values())
+    )
     faults = [
         f"parallel.tp = {layout.tp} does not divide {key} = {count}: the largest tp that fits this model is {legal}."
         for key, count in units.items()
         if count % layout.tp
     ]
-    vocab_size = architecture.model.vocab_size
-    if layout.tp > 1 and -(-vocab_size // layout.tp) * (layout.tp - 1) >= vocab_size:
+    if not _all_have_rows(vocab_size, layout.tp):
         faults.append(
-            f"parallel.tp = {layout.tp} leaves a rank without any of model.vocab_size = {vocab_size} rows: take a "
-            f"smaller tp, for example {max(1, layout.tp // 2)}."
+            f"parallel.tp = {layout.tp} leaves a rank without any of model.vocab_size = {vocab_size} rows: "
+            f"the largest tp that fits this model is {legal}."
         )
     if layout.tp > 1:
         faults += _undeclared(architecture)
     return faults
+
+
+def _all_have_rows(vocab_size: int, tp: int) -> bool:
+    """Whether parts of equal size, rounded up, leave something for the last rank."""
+    return -(-vocab_size // tp) * (tp - 1) < vocab_size
 
 
 def _undeclared(architecture: Architecture) -> list[str]:

@@ -95,12 +95,10 @@ def cut_by_cost(costs: list[float], count: int, first: float = 0.0, last: float 
     return [range(begin, end) for begin, end in pairwise(ends)]
 
 
-def layers_of_stages(architecture: Architecture, layout: Layout, seq_len: int) -> list[range]:
+def layers_of_stages(uncut: Model, layout: Layout, seq_len: int) -> list[range]:
     """Which layers each stage of the pipeline has; costs are forward operations a token."""
-    with torch.device("meta"):
-        whole = Model(architecture)
-    blocks = [block.mixer.flops(seq_len) + block.feedforward.flops(seq_len) for block in whole.layers.values()]
-    m = architecture.model
+    blocks = [block.mixer.flops(seq_len) + block.feedforward.flops(seq_len) for block in uncut.layers.values()]
+    m = uncut.architecture.model
     # The embedding is looked up, not multiplied: it costs one operation a channel.
     return cut_by_cost(blocks, layout.num_stages, first=m.d_model, last=2 * m.d_model * m.vocab_size)
 
@@ -126,6 +124,7 @@ class Pipeline:
         self._shape: Any = None
         self._objective: Objective | None = None
         self._scale = 1.0
+        self._nats = torch.zeros(())
 
     def train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
         """Forward and backward of `scale` times the nats of all micro-batches; the nats on the last stage's rank, 0

@@ -28,7 +28,10 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_blocks(model: Model, kind: Literal["none", "selective", "full"]) -> None:
+Recompute = Literal["none", "selective", "full"]
+
+
+def recompute_blocks(model: Model, kind: Recompute) -> None:
     """Let backward compute the blocks' activations again. Values do not change; parameter names neither."""
     if kind == "none":
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,11 +15,10 @@ from model.config import Architecture
 from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
 from model.stack import Model
 from parallel.collectives import sum_lists
-from parallel.config import ParallelConfig
 from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
-from parallel.recompute import compile_blocks, recompute_blocks
+from parallel.recompute import Recompute, compile_blocks, recompute_blocks
 from parallel.region import Region
 from parallel.tensor import Cuts, cut
 from parallel.vocabulary import VocabularyCrossEntropy
@@ -28,11 +29,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 def spread(
     architecture: Architecture,
     mesh: Mesh,
-    config: ParallelConfig,
     device: torch.device,
     *,
     precision: str,
     seq_len: int,
+    recompute: Recompute = "none",
     compiled: bool = False,
 ) -> Spread:
     """Build this process's part of a model, on the meta device: stage, tensor-parallel share, FSDP shards.
@@ -43,8 +44,9 @@ def spread(
     """
     layout = mesh.layout
     with torch.device("meta"):
+        uncut = Model(architecture)
         if layout.pp > 1:
-            layers = layers_of_stages(architecture, layout, seq_len)
+            layers = layers_of_stages(uncut, layout, seq_len)
             mine = stages_of_rank(layout, mesh.rank("pp"))
             stages: list[Model] = [Stage(architecture, index, layers) for index in mine]
         else:
@@ -58,11 +60,11 @@ def spread(
         if precision == "fp64":
             stage.double()
         cuts.append(Cuts.none(stage) if region is None else cut(stage, region))
-        recompute_blocks(stage, config.recompute)
+        recompute_blocks(stage, recompute)
         if compiled:
             compile_blocks(stage)
         shard(stage, mesh.data, bf16=precision == "bf16", keep_gathered=layout.pp > 1)
-    return Spread(architecture, mesh, device, stages, cuts, region, DTYPES[precision])
+    return Spread(uncut, mesh, device, stages, cuts, region, DTYPES[precision])
 
 
 class Spread:
@@ -72,12 +74,12 @@ class Spread:
         stages: the modules here: stages of a pipeline, or the one model.
         parameters: name -> parameter, as the optimizer sees it; each parameter of the whole model is here, or on
             another process, under the same name.
-        all_shapes: name -> shape of each parameter of the whole model.
+        uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
     def __init__(
         self,
-        architecture: Architecture,
+        uncut: Model,
         mesh: Mesh,
         device: torch.device,
         stages: list[Model],
@@ -85,21 +87,19 @@ class Spread:
         region: Region | None,
         dtype: torch.dtype,
     ):
-        self.architecture, self.mesh, self.layout, self.device = architecture, mesh, mesh.layout, device
+        self.uncut, self.architecture = uncut, uncut.architecture
+        self.mesh, self.layout, self.device = mesh, mesh.layout, device
         self.stages, self.dtype, self._region = stages, dtype, region
         self.cuts = Cuts({}, {})
         for part in cuts:
             self.cuts.shapes |= part.shapes
             self.cuts.dimensions |= part.dimensions
             self.cuts.summed |= part.summed
-        with torch.device("meta"):
-            self.all_shapes = {name: parameter.shape for name, parameter in Model(architecture).named_parameters()}
         self.frozen: set[str] = set()
         self.pipeline = None
         if self.layout.pp > 1:
-            assert all(isinstance(stage, Stage) for stage in stages)
-            parts = [stage for stage in stages if isinstance(stage, Stage)]
-            self.pipeline = Pipeline(parts, self.layout, device, mesh.group("pp"), self._residual)
+            held = cast("list[Stage]", stages)
+            self.pipeline = Pipeline(held, self.layout, device, mesh.group("pp"), self._residual)
         self.parameters = self._named_parameters()
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:

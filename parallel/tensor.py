@@ -8,8 +8,9 @@ the whole model is noted in `Cuts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layer import Layer, Mixer
+from model.norms import SimpleRMSNorm
 from model.stack import Model
+from parallel.collectives import Enter
 from parallel.norms import DeferredNorm
 from parallel.region import Region
 from parallel.vocabulary import VocabularyEmbedding
@@ -49,26 +52,33 @@ class Cuts:
 
 
 def sharding_faults(model: Model) -> list[str]:
-    """What layers leave unsaid, so that they cannot be cut, in sentences."""
+    """Why layers, a user's own perhaps, cannot be cut, in sentences."""
     faults: dict[str, None] = {}
     for block in model.layers.values():
         for layer in (block.mixer, block.feedforward):
-            known = {name: word for name, word in layer.sharding.items() if word in CUT_DIMENSION}
-            for name, _ in layer.named_parameters():
-                if name not in known:
-                    said = layer.sharding.get(name)
-                    what = "does not say how" if said is None else f"says {said!r}, which is no way in which"
-                    faults[
-                        f"parallel.tp: the sharding table of {type(layer).__name__} {what} {name} is cut: "
-                        f"one of {', '.join(CUT_DIMENSION)}."
-                    ] = None
-            rows = {name.rpartition(".")[0] for name, word in known.items() if word == "row"}
-            if others := sorted(rows - {layer.output_projection}):
-                faults[
-                    f'parallel.tp: {type(layer).__name__} says "row" for {", ".join(others)}, but only its output '
-                    f"projection, {layer.output_projection}, is summed over ranks."
-                ] = None
+            faults |= dict.fromkeys(f"parallel.tp: {type(layer).__name__} {fault}" for fault in _layer_faults(layer))
     return list(faults)
+
+
+def _layer_faults(layer: Layer) -> Iterator[str]:
+    """What a layer leaves unsaid, and what it says that would come out wrong."""
+    for name, _ in chain(layer.named_parameters(), layer.named_buffers()):
+        word = layer.sharding.get(name)
+        if word not in CUT_DIMENSION:
+            said = "does not say how" if word is None else f"says {word!r}, which is no way in which"
+            yield f"{said} {name} is cut: its sharding table has to have one of {', '.join(CUT_DIMENSION)}."
+    projection = layer.output_projection
+    rows = {name.rpartition(".")[0] for name, word in layer.sharding.items() if word == "row"}
+    if others := sorted(rows - {projection}):
+        yield f'says "row" for {", ".join(others)}, but only its output projection, {projection}, is summed over ranks.'
+    if type(found := getattr(layer, projection, None)) is not nn.Linear:
+        yield f"has a {type(found).__name__} for its output projection, {projection}: only an nn.Linear can be summed."
+    elif (word := layer.sharding.get(f"{projection}.weight")) not in (None, "row"):
+        yield f'says {word!r} for {projection}.weight, but what {projection} gives is summed over ranks: say "row".'
+    if isinstance(layer, Mixer) and layer.full_width_norm is not None:
+        norm = getattr(layer, layer.full_width_norm)
+        if not isinstance(norm, SimpleRMSNorm | nn.Identity):
+            yield f"has a {type(norm).__name__} for its norm over all heads: only a root mean square can come after."
 
 
 def cut(model: Model, region: Region) -> Cuts:
@@ -113,7 +123,7 @@ def _enter(region: Region) -> Callable[..., Any]:
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x, *others = args
         if len(others) == 3 and others[2] is not None:
-            gates = Region(region.group, region.rank, region.size, cuts_sequence=False).enter(others[2])
+            gates = Enter.apply(others[2], region.group)
             share = region.share(gates.shape[-1])
             others[2] = gates[..., share.start : share.stop]
         return (region.enter(x), *others), kwargs

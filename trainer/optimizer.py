@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
-    model.freeze(frozen_names(model.all_shapes, frozen))
+    model.freeze(frozen_names([name for name, _ in model.uncut.named_parameters()], frozen))
     undecayed = {name for stage in model.stages for name in undecayed_names(stage)}
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
     for name, parameter in model.parameters.items():
@@ -48,13 +47,12 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
     return optimizer
 
 
-def frozen_names(names: Iterable[str], patterns: list[str]) -> set[str]:
+def frozen_names(names: list[str], patterns: list[str]) -> set[str]:
     """The parameters that these patterns freeze, of the whole model's.
 
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
-    names = list(names)
     unmatched = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if unmatched:
         raise ValueError(f"run.freeze = {unmatched} matches no parameter; they are named like {names[0]}.")

@@ -13,7 +13,6 @@ import torch
 from model.files import write_json
 from model.hf.source import open_model
 from model.objective import OBJECTIVES
-from model.stack import Model
 from parallel.data import sum_over_ranks
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import Process, from_first_rank
@@ -106,10 +105,10 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     model = spread(
         config.architecture,
         mesh,
-        config.parallel,
         process.device,
         precision=plan.precision,
         seq_len=config.data.seq_len,
+        recompute=config.parallel.recompute,
         compiled=config.run.compile,
     )
     model.initialise(config.run.seed)
@@ -135,12 +134,10 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     )
     if plan.resume_from is not None:
         checkpoints.saved_step = counters.step
-    with torch.device("meta"):
-        whole = Model(config.architecture)
-    flops_per_token = training_flops_per_token(whole.flops(config.data.seq_len))
+    flops_per_token = training_flops_per_token(model.uncut.flops(config.data.seq_len))
     peak = peak_flops(process.device, plan.precision)
     if process.is_first:
-        summary = summarise(whole, mesh.layout, process, plan.precision, flops_per_token)
+        summary = summarise(model.uncut, mesh.layout, process, plan.precision, flops_per_token)
         write_json(Path(config.run.dir) / "summary.json", summary)
     made_up = _left_out_validation(config, process, model, validation, counters.step)
     with _logs(config, process, counters.step, peak, made_up) as (metrics, progress):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from model.config import Architecture
+from model.layer import Site
+from model.mixers.lightning import Lightning
 from model.mixers.softmax import Softmax
 from model.settings import build_architecture
 from parallel.config import ParallelConfig
@@ -107,6 +110,7 @@ def test_a_rank_needs_a_part_of_the_vocabulary() -> None:
     assert small({}, 3, tp=3, sequence_parallel=False, dp_shard=1) == []
     (said,) = small({}, 4, tp=4)
     assert "tp = 4 leaves a rank without any of model.vocab_size = 9 rows" in said
+    assert "the largest tp that fits this model is 3" in said
 
 
 def test_zero_bubbles_are_not_compiled() -> None:
@@ -116,14 +120,51 @@ def test_zero_bubbles_are_not_compiled() -> None:
 
 
 class Silent(Softmax):
-    """A mixer that forgets one of its parameters, and has another summed in the middle."""
+    """A mixer that forgets a parameter and a buffer, and has another parameter summed in the middle."""
 
     sharding = {name: how for name, how in Softmax.sharding.items() if name != "v.weight"} | {"k.weight": "row"}
 
+    def __init__(self, config: Any, site: Site):
+        super().__init__(config, site)
+        self.register_buffer("slopes", torch.zeros(12), persistent=False)
 
-def test_a_layer_that_does_not_say_how_it_is_cut() -> None:
-    own = {"mixers": {"softmax": {"kind": f"{__name__}:Silent", "num_heads": 12}}}
+
+class Uncut(Softmax):
+    """A mixer that would not be cut: every rank would compute all of it, and the sum would be too much."""
+
+    sharding = dict.fromkeys(Softmax.sharding, "replicate")
+
+
+class Odd(Lightning):
+    """A mixer with another norm over all heads, and a projection that is more than linear."""
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    sharding = Lightning.sharding | {"norm.weight": "column", "norm.bias": "column"}
+
+    def __init__(self, config: Any, site: Site):
+        super().__init__(config, site)
+        self.norm = torch.nn.LayerNorm(48)
+        self.o = self.Scaled(48, 48, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "Silent",
+            ["does not say how v.weight is cut", "does not say how slopes is cut", 'says "row" for k, but only'],
+        ),
+        ("Uncut", ["says 'replicate' for o.weight, but what o gives is summed over ranks: say \"row\""]),
+        ("Odd", ["has a Scaled for its output projection, o", "has a LayerNorm for its norm over all heads"]),
+    ],
+)
+def test_a_layer_that_cannot_be_cut_as_it_says(name: str, words: list[str]) -> None:
+    own = {"mixers": {"softmax": {"kind": f"{__name__}:{name}", "num_heads": 12}}}
     assert small(own, 1) == []
-    first, second = small(own, 2, tp=2)
-    assert "Silent does not say how v.weight is cut" in first
-    assert 'Silent says "row" for k, but only its output projection, o' in second
+    said = small(own, 2, tp=2)
+    assert len(said) == len(words), said
+    for sentence, word in zip(said, words, strict=True):
+        assert sentence.startswith(f"parallel.tp: {name} ") and word in sentence

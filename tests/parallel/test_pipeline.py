@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.stack import Block
+from model.stack import Block, Model
 from parallel.config import ParallelConfig
 from parallel.mesh import resolve_layout, stages_of_rank
 from parallel.pipeline import cut_by_cost, layers_of_stages, stage_holders
@@ -41,8 +41,10 @@ def test_equal_layers_are_cut_evenly_and_a_head_counts() -> None:
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage() -> None:
     layout = resolve_layout(ParallelConfig(pp=2), 2)
-    plain = layers_of_stages(Case("softmax", model={"vocab_size": 8}).architecture(), layout, 24)
-    large = layers_of_stages(Case("softmax", model={"vocab_size": 5000}).architecture(), layout, 24)
+    plain, large = (
+        layers_of_stages(Model(Case("softmax", model={"vocab_size": size}).architecture()), layout, 24)
+        for size in (8, 5000)
+    )
     assert [len(stage) for stage in plain] == [2, 2]
     assert [len(stage) for stage in large] == [3, 1]
 

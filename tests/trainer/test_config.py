@@ -149,7 +149,7 @@ def alone(config: Config) -> Iterator[Spread]:
     with process_group(this_process()):
         mesh = build_mesh(resolve_layout(config.parallel, 1), "cpu")
         cpu = torch.device("cpu")
-        yield spread(config.architecture, mesh, config.parallel, cpu, precision="fp32", seq_len=config.data.seq_len)
+        yield spread(config.architecture, mesh, cpu, precision="fp32", seq_len=config.data.seq_len)
 
 
 def test_decay_is_for_matrices_only(path: Path) -> None:
@@ -180,7 +180,8 @@ def test_the_optimizer_is_adamw_by_its_formula() -> None:
 
     class One:
         weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
-        parameters = all_shapes = {"weight": weight}
+        parameters = {"weight": weight}
+        uncut = torch.nn.ParameterDict(parameters)
         stages: list[torch.nn.Module] = []
 
         def freeze(self, names: set[str]) -> None:
