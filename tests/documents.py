@@ -80,8 +80,8 @@ def table(name: str) -> str:
     """The table of that name, as it should stand."""
     if name == "presets":
         return presets_table()
-    if name in layout_tables():
-        return _lines(layout_tables()[name])
+    if name in (layouts := layout_tables()):
+        return _lines(layouts[name])
     return keys_table(sections()[name])
 
 

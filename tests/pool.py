@@ -7,6 +7,7 @@ case that fails or hangs poisons the others' collectives, so the pool is then ki
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import os
 import tempfile
@@ -18,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 SECONDS_PER_CASE = 120
-CASES_PER_LIFE = 80
-"""Process groups leave descriptors and threads behind; after some two hundred cases, workers stood still."""
 
 
 def _worker(rank: int, tasks: Connection) -> None:
@@ -49,6 +48,11 @@ def _worker(rank: int, tasks: Connection) -> None:
                 dist.destroy_process_group()
         except BaseException:
             tasks.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        # Models and schedules refer to themselves in circles and hold their process groups, whose threads go on (after
+        # two hundred cases a worker had a thousand, and stood still): do not wait until Python looks for circles.
+        gc.collect()
+        if not gc.get_freeze_count():
+            gc.freeze()  # What has been imported by now stays: it need not be looked at after every case.
 
 
 class Pool:
@@ -63,8 +67,6 @@ class Pool:
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """The results by rank. A failure on any rank is raised here with that rank's traceback."""
         assert world_size <= self.size, f"the pool has {self.size} workers"
-        if self.cases % CASES_PER_LIFE == 0:
-            self.stop()
         if not self.workers:
             self._start()
         self.cases += 1

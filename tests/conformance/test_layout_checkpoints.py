@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from parallel.config import ParallelConfig
-from tests.conformance.layouts import LAYOUTS, PRODUCTS, Case, depth, differences, merged, train_and_write
-from tests.conformance.test_layouts import KINDS, TOLERANCE
+from tests.conformance.layouts import (
+    BOUNDS,
+    LAYOUTS,
+    PRODUCTS,
+    Bounds,
+    Case,
+    depth,
+    differences,
+    merged,
+    train_and_write,
+)
+from tests.conformance.test_layouts import KINDS
 from tests.pool import Pool
 
 MATRIX = pytest.mark.matrix
@@ -44,13 +54,13 @@ def written_and_read(pool: Pool, case: Case, tmp_path: Path, by: str, then: str,
     return found
 
 
-def assert_continued(found: list[Any], wanted: list[Any], tolerance: float) -> None:
+def assert_continued(found: list[Any], wanted: list[Any], bounds: Bounds) -> None:
     assert {tuple(result["losses"]) for result in found} == {tuple(found[0]["losses"])}
-    assert found[0]["losses"] == pytest.approx(wanted[0]["losses"], rel=tolerance)
-    assert found[0]["norms"] == pytest.approx(wanted[0]["norms"], rel=tolerance)
+    assert found[0]["losses"] == pytest.approx(wanted[0]["losses"], rel=bounds.losses)
+    assert found[0]["norms"] == pytest.approx(wanted[0]["norms"], rel=bounds.norms)
     for what, floor in (("parameters", 1e-3), ("moments", 1e-6)):
         for error, name in differences(merged(found, what), merged(wanted, what), floor):
-            assert error <= tolerance, f"{what}: {name}: {error:.1e}"
+            assert error <= bounds.tensors, f"{what}: {name}: {error:.1e}"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +83,7 @@ def test_a_checkpoint_continues_in_another_layout(
 ) -> None:
     wanted = twin(kind)
     found = written_and_read(pool, Case(kind), tmp_path, by, then, "fp64")
-    assert_continued(found, wanted, TOLERANCE["fp64"])
+    assert_continued(found, wanted, BOUNDS["fp64"])
 
 
 @pytest.mark.parametrize(
