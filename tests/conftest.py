@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,11 +9,9 @@ from tests.pool import Pool
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    """Gloo workers, started when the first case asks for them."""
-    workers = Pool(8)
-    yield workers
-    workers.stop()
+def pool() -> Pool:
+    """Gloo workers, at most eight, forked for each case."""
+    return Pool(8)
 
 
 @pytest.fixture(autouse=True)

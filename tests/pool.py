@@ -1,12 +1,15 @@
-"""One pool of gloo workers for a whole test session.
+"""A pool of gloo workers for a whole test session.
 
-Starting a process that has imported torch and the model takes seconds; a case in a running one, a tenth of a second. A
-case that fails or hangs poisons the others' collectives, so the pool is then killed and started again.
+Importing torch, megatron-core and the model takes many seconds, so it is done once, by a server that then does nothing
+else; each case has fresh workers, forked from it in a few milliseconds. Workers that took one case after another would
+not do: torch keeps the meshes it has seen in caches of many kinds, and with them their process groups and those groups'
+threads (after two hundred cases a worker had a thousand, and stood still).
 """
 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import gc
 import logging
 import os
@@ -14,45 +17,50 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-SECONDS_PER_CASE = 120
+SECONDS_PER_CASE = 300
+IMPORTED_BEFORE = [
+    "pydantic.dataclasses",
+    "pydantic.type_adapter",
+    "tomli_w",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard",
+    "trainer.commands.train",
+    "trainer.run",
+    "trainer.data.gpt",
+    "model.feedforward.gated",
+    "model.feedforward.mlp",
+    "tests.conformance.layouts",
+]
 
 
-def _worker(rank: int, tasks: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _work(
+    rank: int, world_size: int, store: str, answer: Connection, function: Callable[..., Any], args: Any, kwargs: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
+    gc.freeze()  # What was imported before the fork stays; looking through it for garbage would copy its pages.
     torch.set_num_threads(1)
     # Tests look at whole tensors, however many collectives that takes; torch warns of each.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    while True:
-        task = tasks.recv()
-        if task is None:
-            return
-        function, world_size, store, args, kwargs = task
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        try:
-            timeout = datetime.timedelta(seconds=SECONDS_PER_CASE)
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
-            )
-            # All are connected before any goes on: one that is done at once would hang up on those still connecting.
-            dist.barrier()
-            try:
-                tasks.send((True, function(*args, **kwargs)))
-            finally:
-                dist.destroy_process_group()
-        except BaseException:
-            tasks.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
-        # Models and schedules refer to themselves in circles and hold their process groups, whose threads go on (after
-        # two hundred cases a worker had a thousand, and stood still): do not wait until Python looks for circles.
-        gc.collect()
-        if not gc.get_freeze_count():
-            gc.freeze()  # What has been imported by now stays: it need not be looked at after every case.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    try:
+        timeout = datetime.timedelta(seconds=SECONDS_PER_CASE)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
+        )
+        answer.send((True, function(*args, **kwargs)))
+    except BaseException:
+        answer.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+    # The others may still be talking to this process: it waits to be ended with them.
+    answer.poll(None)
 
 
 class Pool:
@@ -60,49 +68,58 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.workers: list[tuple[Any, Connection]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="headway-pool-"))
         self.cases = 0
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload(IMPORTED_BEFORE)
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """The results by rank. A failure on any rank is raised here with that rank's traceback."""
         assert world_size <= self.size, f"the pool has {self.size} workers"
-        if not self.workers:
-            self._start()
         self.cases += 1
         store = str(self.folder / f"store-{self.cases}")
-        taking_part = self.workers[:world_size]
-        for _, connection in taking_part:
-            connection.send((function, world_size, store, args, kwargs))
-        results, failures = [], []
-        for rank, (_, connection) in enumerate(taking_part):
-            # After the first failure the others have only moments: they hang in a collective without it.
-            if not connection.poll(2 if failures else SECONDS_PER_CASE):
-                failures.append(f"rank {rank}: no answer")
-                continue
-            try:
-                succeeded, result = connection.recv()
-            except EOFError:
-                succeeded, result = False, f"rank {rank}: its process ended"
-            (results if succeeded else failures).append(result)
-        if failures:
-            self.stop()
-            raise AssertionError("\n".join(failures))
-        return results
-
-    def _start(self) -> None:
-        context = get_context("spawn")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, theirs), daemon=True)
-            process.start()
+        workers = []
+        for rank in range(world_size):
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(
+                target=_work, args=(rank, world_size, store, theirs, function, args, kwargs), daemon=True
+            )
+            # The server too, begun by the first worker, must have no threads: it is forked.
+            with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+                process.start()
             theirs.close()
-            self.workers.append((process, ours))
+            workers.append((process, ours))
+        try:
+            answers, failures = _answers(workers)
+        finally:
+            for process, connection in workers:
+                process.kill()
+                process.join(10)
+                connection.close()
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return answers
 
-    def stop(self) -> None:
-        """End every worker by its own id."""
-        for process, connection in self.workers:
-            connection.close()
-            process.kill()
-            process.join(10)
-        self.workers = []
+
+def _answers(workers: list[tuple[Any, Connection]]) -> tuple[list[Any], list[str]]:
+    """What the ranks answered, in their order, and what went wrong, in the order it was heard of."""
+    answers: dict[int, Any] = {}
+    failures: list[str] = []
+    waiting = {connection: rank for rank, (_, connection) in enumerate(workers)}
+    # After the first failure the others have only moments: they hang in a collective without it.
+    while waiting and (ready := wait(list(waiting), 2 if failures else SECONDS_PER_CASE)):
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                succeeded, answer = connection.recv()
+            except EOFError:
+                process, _ = workers[rank]
+                process.join(10)
+                succeeded, answer = False, f"rank {rank}: its process ended with {process.exitcode}"
+            if succeeded:
+                answers[rank] = answer
+            else:
+                failures.append(answer)
+    failures += [f"rank {rank}: no answer" for rank in waiting.values()]
+    return [answers[rank] for rank in sorted(answers)], failures
