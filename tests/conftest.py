@@ -9,9 +9,9 @@ from tests.pool import Pool
 
 
 @pytest.fixture(scope="session")
-def pool() -> Pool:
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     """Gloo workers, at most eight, forked for each case."""
-    return Pool(8)
+    return Pool(8, tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
-"""A pool of gloo workers for a whole test session.
+"""Gloo workers for the tests, fresh ones for each case.
 
-Importing torch, megatron-core and the model takes many seconds, so it is done once, by a server that then does nothing
-else; each case has fresh workers, forked from it in a few milliseconds. Workers that took one case after another would
-not do: torch keeps the meshes it has seen in caches of many kinds, and with them their process groups and those groups'
-threads (after two hundred cases a worker had a thousand, and stood still).
+Importing torch, megatron-core and the model takes seconds, so it is done once, by a server that then does nothing else
+than fork: eight workers have found each other within a third of a second. Workers that took one case after another
+would not do: torch keeps the meshes it has seen in caches of many kinds, and with them their process groups and those
+groups' threads (after two hundred cases a worker had a thousand, and stood still).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import faulthandler
 import gc
 import logging
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -21,6 +20,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
 
 SECONDS_PER_CASE = 300
 IMPORTED_BEFORE = [
@@ -42,9 +44,6 @@ IMPORTED_BEFORE = [
 def _work(
     rank: int, world_size: int, store: str, answer: Connection, function: Callable[..., Any], args: Any, kwargs: Any
 ) -> None:
-    import torch
-    import torch.distributed as dist
-
     faulthandler.enable()
     gc.freeze()  # What was imported before the fork stays; looking through it for garbage would copy its pages.
     torch.set_num_threads(1)
@@ -66,9 +65,9 @@ def _work(
 class Pool:
     """`pool.run(function, world_size, ...)` calls a module-level function on every rank of a fresh process group."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, folder: Path) -> None:
         self.size = size
-        self.folder = Path(tempfile.mkdtemp(prefix="headway-pool-"))
+        self.folder = folder
         self.cases = 0
         self.context = get_context("forkserver")
         self.context.set_forkserver_preload(IMPORTED_BEFORE)
@@ -78,18 +77,18 @@ class Pool:
         assert world_size <= self.size, f"the pool has {self.size} workers"
         self.cases += 1
         store = str(self.folder / f"store-{self.cases}")
-        workers = []
-        for rank in range(world_size):
-            ours, theirs = self.context.Pipe()
-            process = self.context.Process(
-                target=_work, args=(rank, world_size, store, theirs, function, args, kwargs), daemon=True
-            )
-            # The server too, begun by the first worker, must have no threads: it is forked.
-            with patch.dict(os.environ, OMP_NUM_THREADS="1"):
-                process.start()
-            theirs.close()
-            workers.append((process, ours))
+        workers: list[tuple[Any, Connection]] = []
         try:
+            for rank in range(world_size):
+                ours, theirs = self.context.Pipe()
+                process = self.context.Process(
+                    target=_work, args=(rank, world_size, store, theirs, function, args, kwargs), daemon=True
+                )
+                # The server too, begun by the first worker, must have no threads: it is forked.
+                with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+                    process.start()
+                theirs.close()
+                workers.append((process, ours))
             answers, failures = _answers(workers)
         finally:
             for process, connection in workers:
