@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Batch:
     `counted` bool [B, N]: whether the prediction of targets[b, i] from token i enters the loss.
     `documents`: which document a token belongs to, non-decreasing from 0 in every row; None when documents are not
     isolated. `positions`: from 0 at every document, or, when they are not isolated, at every row.
+
+    Where the sequence is cut, `documents` alone stays that of whole rows.
     """
 
     tokens: Tensor
@@ -27,6 +29,11 @@ class Batch:
     def rows(self, rows: slice) -> Batch:
         """Some of the rows."""
         return Batch(*(None if tensor is None else tensor[rows] for tensor in self._tensors()))
+
+    def cut_by(self, piece: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with a piece of each row's tokens, as `piece` cuts it from whole rows."""
+        parts = {name: piece(getattr(self, name)) for name in ("tokens", "targets", "counted", "positions")}
+        return replace(self, **parts)
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; the copy may still be under way."""

@@ -6,23 +6,46 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 class WholeSequence:
     """The sequence cut of one process: there is none, so nothing is exchanged.
 
-    `parallel/` hands in an object with the same methods when the sequence is spread over ranks; a mixer never sees
-    a process group.
+    `parallel/` hands in an object with the same methods when the rows are cut along N into `size` equal, contiguous
+    pieces over as many processes; a mixer never sees a process group. What a mixer calls is what it declares as its
+    `context`: `states`, `keys_values`, or `to_heads` and `from_heads`.
     """
 
-    def states(self, state_BHde: Tensor, log_decay_H: Tensor) -> Tensor | None:
-        """The state that enters this piece of the sequence; None where the piece is the whole."""
-        return None
+    size: int = 1
 
-    def keys_values(self, k_BNHd: Tensor, v_BNHd: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole sequence, from those of this piece."""
-        return k_BNHd, v_BNHd
+    def over(self, documents_BN: Tensor | None) -> WholeSequence:
+        """The cut of rows with these document ids, of whole rows."""
+        return self
+
+    def before(self, n: int) -> int:
+        """How many tokens of a row stand before this piece of n."""
+        return 0
+
+    def piece(self, x_BN: Tensor) -> Tensor:
+        """This process's piece `[B, n, ...]` of whole rows."""
+        return x_BN
+
+    def states(self, state_BHde: Tensor, slopes_H: Tensor | None, n: int) -> Tensor:
+        """The state that enters this piece, from what each piece of n tokens leaves behind by itself.
+
+        Both belong to documents: what is given to that of the piece's last token, what is returned to that of its
+        first. `slopes_H`, fixed numbers >= 0: a state shrinks by exp(-slope) a token; None where it does not.
+        """
+        return torch.zeros_like(state_BHde)
+
+    def keys_values(self, k_BNHd: Tensor, v_BNHe: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, M, H, .]` of all tokens that this piece may see, from those of its own.
+
+        M counts from the beginning of the row to the end of the piece where `causal`, otherwise to the row's.
+        """
+        return k_BNHd, v_BNHe
 
     def to_heads(self, x_BNHd: Tensor) -> Tensor:
         """Exchange: a piece of the sequence with all heads -> the whole sequence with a part of the heads."""
@@ -31,6 +54,10 @@ class WholeSequence:
     def from_heads(self, x_BNHd: Tensor) -> Tensor:
         """The exchange undone."""
         return x_BNHd
+
+    def heads_here(self, x_H: Tensor) -> Tensor:
+        """Of what has an entry for each head, the entries of the heads that `to_heads` leaves here."""
+        return x_H
 
 
 @dataclass
@@ -43,8 +70,8 @@ class Context:
         causal: whether a token sees only itself and earlier ones.
         modalities: modality ids, for layers that are untied by modality.
         cut: what crosses a sequence cut.
-        key_documents: `[B, M]`, document ids of all keys, the cached ones included.
-        first_index: index among the M keys of the first of the N queries.
+        key_documents: `[B, M]`, document ids of whole rows: cached tokens included, and the pieces of other processes.
+        first_index: index among those M of the first of the N queries.
         previous_documents: `[B]`, document id of the last cached token; None when nothing is cached.
         head_gates: layer index -> `[H]` or `[B, N, H]`, a factor for each head's contribution; 1 where absent.
         shared: tensors computed once per forward pass and read by several layers.

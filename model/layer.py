@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -62,7 +62,8 @@ class Layer(nn.Module):
 
     Attributes:
         Config: the layer's settings, a dataclass; a mixer's has `num_heads`. It may have `faults(d_model)`, sentences
-            about settings that cannot be built, and `tensor_parallel_units()`, what tp must divide.
+            about settings that cannot be built, `tensor_parallel_units()`, what tp must divide, and
+            `sequence_cut_faults(piece, isolate_documents)`, why rows cannot be cut into pieces of so many tokens.
         sharding: parameter (or buffer) name -> how tensor parallelism cuts it. All of them have to be there.
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
         no_decay: names of matrices that weight decay must leave alone.
@@ -158,9 +159,17 @@ def gate_heads(out_BNHe: Tensor, head_gate: Tensor | None) -> Tensor:
     return out_BNHe if head_gate is None else out_BNHe * head_gate.to(out_BNHe.dtype).unsqueeze(-1)
 
 
-def incoming_state(ctx: Context, cache: dict[str, Any] | None) -> Tensor | None:
-    """A recurrent mixer's cached `state` `[B, H, d, e]`, cleared where the new tokens open another document; None where
-    nothing came before."""
+def incoming_state(
+    ctx: Context, cache: dict[str, Any] | None, own: Callable[[], Tensor], slopes_H: Tensor | None
+) -> Tensor | None:
+    """The state `[B, H, d, e]` of a recurrent mixer before these tokens; None where nothing came before.
+
+    With a cache, its `state`, cleared where the new tokens open another document. Where the sequence is cut, what the
+    pieces before left behind; `own` computes what this piece leaves by itself, and the state shrinks by exp(-slope) a
+    token.
+    """
+    if ctx.cut.size > 1:
+        return ctx.cut.states(own(), slopes_H, ctx.positions.shape[1])
     state_BHde = None if cache is None else cache.get("state")
     if state_BHde is None or ctx.documents is None:
         return state_BHde

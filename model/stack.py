@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.cache import Cache
 from model.config import Architecture
-from model.context import Context
+from model.context import Context, WholeSequence
 from model.initialisation import Init, Normal
 from model.norms import make_norm
 
@@ -71,6 +71,8 @@ class Model(nn.Module):
         self.final_norm = make_norm(m.norm, m.d_model, m.norm_eps)
         self.head = None if m.tie_embeddings else nn.Linear(m.d_model, m.vocab_size, bias=False)
         self.embedding_scale = math.sqrt(m.d_model) if m.embedding_scale == "sqrt" else m.embedding_scale
+        # Whoever spreads the sequence over processes puts another in its place.
+        self.cut = WholeSequence()
 
     def forward(
         self,
@@ -85,9 +87,10 @@ class Model(nn.Module):
         """Logits `[B, N, vocab]` in the dtype of the weights.
 
         Args:
-            tokens: int64 `[B, N]`.
+            tokens: int64 `[B, N]`; where the sequence is cut, a piece of it.
             documents: ids `[B, N]`, non-decreasing along N; attention and states stop at a change. Default: one.
-            positions: `[B, N]`. Default: from 0, or from where the cache stands.
+                Of whole rows, also where the sequence is cut: what crosses a cut depends on them.
+            positions: `[B, N]`, of the tokens. Default: from 0, or from where the cache stands, or the piece.
             cache: what was consumed before; updated in place.
             head_gates: layer index -> a factor `[H]` or `[B, N, H]` for each head's contribution.
         """
@@ -123,8 +126,15 @@ class Model(nn.Module):
         batch_size, n = tokens.shape
         steps = torch.arange(n, device=tokens.device)
         if cache is None:
-            positions = steps.expand(batch_size, n) if positions is None else positions
-            ctx = Context(positions=positions, documents=documents, causal=causal)
+            first = self.cut.before(n)
+            ctx = Context(
+                positions=(steps + first).expand(batch_size, n) if positions is None else positions,
+                documents=None if documents is None else self.cut.piece(documents),
+                causal=causal,
+                cut=self.cut.over(documents),
+                key_documents=documents,
+                first_index=first,
+            )
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
         if not causal:

@@ -49,6 +49,25 @@ class Gather(torch.autograd.Function):
         return sum_piece(grad_BN, ctx.group, ctx.size), None, None
 
 
+class Trade(torch.autograd.Function):
+    """Cuts dimension `cut` into one part for each rank, and joins what comes from all along dimension `joined`.
+
+    So a piece of the sequence, `[B, n, H, d]`, becomes a part of the heads,
+    `[B, N, H / size, d]`. Backward trades back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cut: int, joined: int, group: str, size: int) -> Tensor:
+        ctx.back = (joined, cut, group, size)
+        parts = torch.stack(x.chunk(size, dim=cut))
+        received = _ops.wait_tensor(_ops.all_to_all_single(parts, [1] * size, [1] * size, group))
+        return torch.cat(received.unbind(), dim=joined)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return Trade.apply(grad, *ctx.back), None, None, None, None
+
+
 class SumPiece(torch.autograd.Function):
     """Summands of a whole sequence -> a piece of their sum. Backward gathers."""
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -80,11 +83,13 @@ def layout_faults(
     *,
     seq_len: int,
     global_batch_size: int,
+    isolate_documents: bool = True,
     compiled: bool = False,
 ) -> list[str]:
     """Why this layout cannot carry this model and batch: all reasons, each with its numbers and a legal choice.
 
     Args:
+        isolate_documents: whether documents begin anywhere in a row; otherwise a row is one document.
         compiled: whether `run.compile` is set.
     """
     sizes = {name: getattr(config, name) for name in ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep")}
@@ -96,17 +101,7 @@ def layout_faults(
     faults += _batch_faults(layout, global_batch_size)
     faults += _model_faults(layout, architecture)
     faults += _schedule_faults(config, layout, architecture, compiled)
-    if seq_len % layout.cp:
-        faults.append(
-            f"parallel.cp = {layout.cp} does not divide data.seq_len = {seq_len}: "
-            f"the largest cp that does is {largest_divisor(seq_len, layout.cp)}."
-        )
-    elif config.sequence_parallel and layout.tp > 1 and (seq_len // layout.cp) % layout.tp:
-        faults.append(
-            f"parallel.sequence_parallel cuts data.seq_len / cp = {seq_len // layout.cp} tokens into tp = {layout.tp} "
-            f"pieces: the largest tp that divides it is {largest_divisor(seq_len // layout.cp, layout.tp)}, "
-            "or set sequence_parallel = false."
-        )
+    faults += _sequence_faults(config, layout, architecture, seq_len, isolate_documents)
     if (layout.dp_shard * layout.cp) % layout.ep:
         faults.append(
             f"parallel.ep = {layout.ep} does not divide dp_shard x cp = {layout.dp_shard} x {layout.cp}: "
@@ -117,12 +112,11 @@ def layout_faults(
 
 def unbuilt_faults(config: ParallelConfig) -> list[str]:
     """What is legal, but not carried by this version."""
-    faults = [
-        f"parallel.{name} = {getattr(config, name)}: this version spreads over dp_replicate, dp_shard, pp and tp; "
-        f"set {name} = 1."
-        for name in ("cp", "ep")
-        if getattr(config, name) > 1
-    ]
+    faults = []
+    if config.ep > 1:
+        faults.append(
+            f"parallel.ep = {config.ep}: this version spreads over dp_replicate, dp_shard, pp, cp and tp; set ep = 1."
+        )
     if config.engine != "torch":
         faults.append(f'parallel.engine = "{config.engine}": this version has the engine "torch" only.')
     return faults
@@ -222,6 +216,51 @@ def _model_faults(layout: Layout, architecture: Architecture) -> list[str]:
     return faults
 
 
+def _sequence_faults(
+    config: ParallelConfig, layout: Layout, architecture: Architecture, seq_len: int, isolate_documents: bool
+) -> list[str]:
+    """Why rows of so many tokens cannot be cut into these pieces."""
+    if seq_len % layout.cp:
+        near = largest_divisor(seq_len, layout.cp)
+        return [
+            f"parallel.cp = {layout.cp} does not divide data.seq_len = {seq_len}: the largest cp that does is {near}."
+        ]
+    piece = seq_len // layout.cp
+    faults = []
+    if config.sequence_parallel and layout.tp > 1 and piece % layout.tp:
+        faults.append(
+            f"parallel.sequence_parallel cuts data.seq_len / cp = {piece} tokens into tp = {layout.tp} "
+            f"pieces: the largest tp that divides it is {largest_divisor(piece, layout.tp)}, "
+            "or set sequence_parallel = false."
+        )
+    if layout.cp > 1:
+        for name, (mixer, settings) in architecture.mixers.items():
+            faults += [
+                f"parallel.cp = {layout.cp}, mixers.{name}: {fault}"
+                for fault in _crossing_faults(mixer, settings, layout, piece, isolate_documents)
+            ]
+    return faults
+
+
+def _crossing_faults(mixer: type, settings: Any, layout: Layout, piece: int, isolate_documents: bool) -> list[str]:
+    """Why a mixer, a user's own perhaps, cannot work on pieces of so many tokens."""
+    from model.layer import Crossing
+
+    crossing = getattr(mixer, "context", None)
+    if crossing not in get_args(Crossing):
+        said = "does not say what" if crossing is None else f"says {crossing!r}, which is nothing that"
+        words = ", ".join(f'"{word}"' for word in get_args(Crossing))
+        return [f"{mixer.__name__} {said} crosses a cut of the sequence: its context has to be one of {words}."]
+    if crossing == "heads" and settings.num_heads % (layout.tp * layout.cp):
+        near = largest_divisor(settings.num_heads // layout.tp or 1, layout.cp)
+        return [
+            f"heads are traded for pieces of the sequence, and tp x cp = {layout.tp} x {layout.cp} does not divide "
+            f"num_heads = {settings.num_heads}: the largest cp that fits is {near}."
+        ]
+    faults: Callable[..., list[str]] = getattr(settings, "sequence_cut_faults", lambda *_: [])
+    return faults(piece, isolate_documents)
+
+
 def _all_have_rows(vocab_size: int, tp: int) -> bool:
     """Whether parts of equal size, rounded up, leave something for the last rank."""
     return -(-vocab_size // tp) * (tp - 1) < vocab_size
@@ -248,10 +287,12 @@ class Mesh:
     """The processes of a layout as torch's meshes, and this one's place among them.
 
     Attributes:
-        whole: `[pp, dp_replicate, dp_shard, tp]`; ranks of one tp group are neighbours.
-        data: `[dp_replicate, dp_shard]`, the ranks that hold other data (and other shards) of this one's parameters.
-        tensors: `[dp_replicate, tp, dp_shard]`, the order in which a parameter is cut: its tp share first, and that
-            among the data-parallel ranks.
+        whole: `[pp, dp_replicate, dp_shard, cp, tp]`; ranks of one tp group are neighbours, and those of one cp group
+            come next.
+        data: `[dp_replicate, shards]`, the ranks that have other tokens, and other shards of this one's parameters:
+            `shards` is dp_shard x cp, since ranks with other pieces of a sequence differ in their tokens as well.
+        tensors: `[dp_replicate, tp, shards]`, the order in which a parameter is cut: its tp share first, and that among
+            the ranks with other tokens.
     """
 
     layout: Layout
@@ -275,19 +316,28 @@ class Mesh:
     @property
     def is_first_of_share(self) -> bool:
         """Whether, of the processes with the same share of the batch, this is the one that speaks for it."""
-        return self.rank("pp") == 0 and self.rank("tp") == 0
+        return self.rank("pp") == self.rank("cp") == self.rank("tp") == 0
 
 
 def build_mesh(layout: Layout, device_type: str) -> Mesh:
     """The meshes of a layout. Collective: every rank calls it."""
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    names = ("pp", "dp_replicate", "dp_shard", "tp")
+    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     shape = tuple(getattr(layout, name) for name in names)
     whole = init_device_mesh(device_type, shape, mesh_dim_names=names)
-    order = ("dp_replicate", "tp", "dp_shard")
-    ranks = whole["dp_replicate", "dp_shard", "tp"].mesh.permute(0, 2, 1)
-    tensors = DeviceMesh.from_group(
-        [whole.get_group(name) for name in order], device_type, mesh=ranks, mesh_dim_names=order
-    )
-    return Mesh(layout, whole, whole["dp_replicate", "dp_shard"], tensors)
+    groups = {name: whole.get_group(name) for name in ("dp_replicate", "tp")}
+    if layout.cp == 1:
+        groups["shards"] = whole.get_group("dp_shard")
+    elif layout.dp_shard == 1:
+        groups["shards"] = whole.get_group("cp")
+    else:
+        groups["shards"] = whole["dp_shard", "cp"]._flatten("shards").get_group()
+    # [dp_replicate, shards, tp]: those that have this one's stage.
+    ranks = whole["dp_replicate", "dp_shard", "cp", "tp"].mesh.flatten(1, 2)
+
+    def mesh_of(ranks: Tensor, *order: str) -> DeviceMesh:
+        return DeviceMesh.from_group([groups[name] for name in order], device_type, mesh=ranks, mesh_dim_names=order)
+
+    data = mesh_of(ranks[:, :, whole.get_local_rank("tp")], "dp_replicate", "shards")
+    return Mesh(layout, whole, data, mesh_of(ranks.transpose(1, 2), "dp_replicate", "tp", "shards"))

@@ -15,6 +15,7 @@ from model.config import Architecture
 from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
 from model.stack import Model
 from parallel.collectives import sum_lists
+from parallel.context import SequenceCut
 from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
@@ -60,6 +61,8 @@ def spread(
         if precision == "fp64":
             stage.double()
         cuts.append(Cuts.none(stage) if region is None else cut(stage, region))
+        if layout.cp > 1:
+            stage.cut = SequenceCut(mesh.group("cp").group_name, mesh.rank("cp"), layout.cp)
         recompute_blocks(stage, recompute)
         if compiled:
             compile_blocks(stage)
@@ -166,12 +169,12 @@ class Spread:
             copied.requires_grad_("embedding.weight" not in names)
 
     def train(self, batch: Batch, objective: Objective, scale: float) -> float:
-        """Gradients of `scale` times the nats of this process's share of the batch. Collective.
+        """Gradients of `scale` times the nats of this process's share of the batch, of whole rows. Collective.
 
         Returns:
-            The nats, on one of the processes that have this share; 0 on the others.
+            The nats of its piece of these rows, on one of the processes that have the piece; 0 on the others.
         """
-        batch, scale = batch.to(self.device), scale * self.gradient_divisor
+        batch, scale = self._piece(batch), scale * self.gradient_divisor
         if self.pipeline is not None:
             nats = self.pipeline.train(batch, objective, scale)
         else:
@@ -186,8 +189,8 @@ class Spread:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> float:
-        """The nats of this process's share of the batch, on one of the processes that have it. Collective."""
-        batch = batch.to(self.device)
+        """The nats of this process's piece of its share of the batch, on one of those that have it. Collective."""
+        batch = self._piece(batch)
         if self.pipeline is not None:
             nats = self.pipeline.evaluate(batch, objective).item()
         else:
@@ -201,6 +204,10 @@ class Spread:
             stage.train(not yes)
             if not yes:
                 release_gathered(stage)
+
+    def _piece(self, batch: Batch) -> Batch:
+        """On the device, and cut along the sequence."""
+        return batch.cut_by(self.stages[0].cut.piece).to(self.device)
 
     @property
     def _speaks(self) -> bool:

@@ -329,9 +329,11 @@ def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, 
     parallel, data = sections["parallel"], sections["data"]
     if architecture is None or parallel is None or data is None:
         return []
-    sizes = {"seq_len": data.seq_len, "global_batch_size": data.global_batch_size}
+    shape: dict[str, Any] = {
+        name: getattr(data, name) for name in ("seq_len", "global_batch_size", "isolate_documents")
+    }
     compiled = sections["run"] is not None and sections["run"].compile
-    return layout_faults(parallel, world_size, architecture, **sizes, compiled=compiled) + unbuilt_faults(parallel)
+    return layout_faults(parallel, world_size, architecture, **shape, compiled=compiled) + unbuilt_faults(parallel)
 
 
 def _file_faults(data: DataConfig | None, model: ModelConfig | None) -> list[str]:

@@ -48,6 +48,21 @@ class DiagBlockConfig:
         """What tp must divide."""
         return {"num_heads": self.num_heads}
 
+    def sequence_cut_faults(self, piece: int, isolate_documents: bool) -> list[str]:
+        """Why rows cannot be cut into pieces of so many tokens: a cut would fall into a block."""
+        faults = []
+        if piece % self.block:
+            faults.append(
+                f"data.seq_len / cp = {piece} tokens are no multiple of block = {self.block}, so a cut falls into a "
+                f"block: the nearest seq_len / cp is {max(1, round(piece / self.block)) * self.block}."
+            )
+        if isolate_documents:
+            faults.append(
+                "blocks are counted from the beginning of a document, and documents begin anywhere, so a cut falls "
+                "into a block: take data.isolate_documents = false, or cp = 1."
+            )
+        return faults
+
 
 class DiagBlock(Mixer):
     """weights(Q K^T / sqrt(d)) V among the tokens of one block; y = W_o Norm(O), or W_o O.
@@ -64,7 +79,7 @@ class DiagBlock(Mixer):
     context = "none"
     full_width_norm = "norm"
     examples = [
-        {"num_heads": 4, "block": 16},
+        {"num_heads": 4, "block": 6},
         {"num_heads": 16, "head_dim": 4, "block": 16, "activation": "relu", "norm": "srmsnorm"},
         {"num_heads": 2, "head_dim": 6},
     ]
@@ -212,7 +227,8 @@ def block_windows(ctx: Context, block: int) -> BlockWindows:
     """
     n = ctx.positions.shape[1]
     size = min(block, n)
-    cached = min(ctx.first_index, block - 1)
+    # Where the sequence is cut, tokens before these are no keys: cuts fall between blocks.
+    cached = 0 if ctx.cut.size > 1 else min(ctx.first_index, block - 1)
     places_N = torch.arange(n, device=ctx.positions.device)
     # Without a mask, what only fills the last window has to lie behind what sees it. Whether blocks are windows is told
     # by values, and a GPU waits for that; where documents are told apart they hardly ever are, and nobody asks.
@@ -243,7 +259,9 @@ def _seen_in_block(ctx: Context, block: int, windows: BlockWindows, cached: int)
     else:
         seen = windows.of_keys(begins_BN, n, filler=n)[:, :, None] == begins_BTC1
     if ctx.documents is not None:
-        documents_BM = ctx.documents if ctx.key_documents is None else ctx.key_documents[:, -(cached + n) :]
+        documents_BM = ctx.documents
+        if cached and ctx.key_documents is not None:
+            documents_BM = ctx.key_documents[:, -(cached + n) :]
         of_keys_BT1L = windows.of_keys(documents_BM, n, filler=-1)[:, :, None]
         seen = seen & (of_keys_BT1L == windows.of_queries(ctx.documents, filler=-1)[..., None])
     return seen

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.lightning import decay_slopes, lightning_attention, lightning_attention_recurrent
+from kernels.lightning import (
+    decay_slopes,
+    lightning_attention,
+    lightning_attention_recurrent,
+    lightning_final_state,
+)
 from model.context import Context
 from model.layer import HFName, Mixer, Packed, Site, gate_heads, incoming_state
 from model.mixers.heads import head_faults
@@ -126,7 +131,9 @@ class Lightning(Mixer):
             k_BNHd,
             v_BNHe,
             self.slopes,
-            initial_state=incoming_state(ctx, cache),
+            initial_state=incoming_state(
+                ctx, cache, lambda: lightning_final_state(k_BNHd, v_BNHe, self.slopes, ctx.documents), self.slopes
+            ),
             documents=ctx.documents,
         )
         if cache is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.lightning import lightning_attention, lightning_attention_recurrent
+from kernels.lightning import lightning_attention, lightning_attention_recurrent, lightning_final_state
 from model.context import Context
 from model.initialisation import Computed, Init
 from model.layer import Mixer, Site, gate_heads, incoming_state
@@ -132,12 +132,15 @@ class NormLinear(Mixer):
         self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
     ) -> Tensor:
         q_BNHd, k_BNHd, v_BNHe = self._project(x, ctx)
+        slopes_H = no_slopes(q_BNHd)
         out_BNHe, state_BHde = lightning_attention(
             q_BNHd,
             k_BNHd,
             v_BNHe,
-            no_slopes(q_BNHd),
-            initial_state=incoming_state(ctx, cache),
+            slopes_H,
+            initial_state=incoming_state(
+                ctx, cache, lambda: lightning_final_state(k_BNHd, v_BNHe, slopes_H, ctx.documents), None
+            ),
             documents=ctx.documents,
         )
         if cache is not None:

@@ -107,7 +107,7 @@ class Softmax(Mixer):
         q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
         if cache is not None:
             k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
-        k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd)
+        k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
         mask, is_causal = ctx.shared[self._mask]
         out_BHNd = F.scaled_dot_product_attention(
             q_BNHd.transpose(1, 2),
@@ -163,11 +163,11 @@ def attention_mask(ctx: Context, window: int | None) -> tuple[Tensor | None, boo
     take its fastest path. Decided outside of the blocks, since inside compiled ones N may be symbolic.
     """
     n = ctx.positions.shape[1]
-    m = ctx.first_index + n
-    only_new = ctx.first_index == 0 or (n == 1 and ctx.causal)
+    m = ctx.first_index + n if ctx.causal else n * ctx.cut.size
+    only_new = ctx.first_index == 0 or (n == 1 and ctx.causal) or not ctx.causal
     if ctx.documents is None and window is None and only_new:
         return None, ctx.causal and n > 1
-    queries = torch.arange(ctx.first_index, m, device=ctx.positions.device)[:, None]
+    queries = torch.arange(ctx.first_index, ctx.first_index + n, device=ctx.positions.device)[:, None]
     keys = torch.arange(m, device=ctx.positions.device)[None, :]
     seen = (keys <= queries) if ctx.causal else torch.ones_like(keys <= queries)
     if window is not None:
@@ -176,7 +176,7 @@ def attention_mask(ctx: Context, window: int | None) -> tuple[Tensor | None, boo
             seen = seen & (keys - queries < window)
     seen = seen[None]
     if ctx.documents is not None:
-        key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents
+        key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents[:, :m]
         seen = seen & (ctx.documents[:, :, None] == key_documents[:, None, :])
     return seen[:, None], False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from model.config import Architecture
@@ -39,7 +39,7 @@ def _cells(layouts: dict[str, tuple[int, ParallelConfig]], tests: list[str]) -> 
     held = "; ".join(["fp64, 1e-9", "fp32, 1e-5"][: len(tests)])
     rows: Rows = [("layout", "processes", "settings", *KINDS), ("---", "--:", *["---"] * (1 + len(KINDS)))]
     for name, (world_size, parallel) in layouts.items():
-        cells = [_cell(Case(kind, num_layers=8), name, held) for kind in KINDS]
+        cells = [_cell(replace(Case.of(kind, name, "fp64"), num_layers=8), name, held) for kind in KINDS]
         rows.append((name, str(world_size), settings_of(parallel), *cells))
     return rows
 
@@ -47,7 +47,9 @@ def _cells(layouts: dict[str, tuple[int, ParallelConfig]], tests: list[str]) -> 
 def _cell(case: Case, name: str, held: str) -> str:
     """What a test holds this mixer to in this layout, or why it is refused."""
     why = faults(case, name)
-    return f"refused: {' '.join(why).replace('mixers.it', f'mixers.{case.kind}')}" if why else held
+    if why:
+        return f"refused: {' '.join(why).replace('mixers.it', f'mixers.{case.kind}')}"
+    return held if case.isolated else f"{held}; rows of one document"
 
 
 def _other_settings() -> Rows:
@@ -80,7 +82,7 @@ def _refusals() -> Rows:
         (2, {"pp": 2, "pp_schedule": "interleaved1f1b", "microbatches": 5, "dp_shard": 1}, False),
         (2, {"pp": 2, "pp_schedule": "zbv", "recompute": "full"}, False),
         (2, {"pp": 2, "pp_schedule": "zbv"}, True),
-        (2, {"cp": 2}, False),
+        (7, {"cp": 7}, False),
         (2, {"ep": 2}, False),
         (1, {"engine": "deepspeed"}, False),
     ]

@@ -60,6 +60,13 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "tp2 x fsdp2": (4, ParallelConfig(tp=2)),
     "pp2 x fsdp2": (4, ParallelConfig(pp=2)),
     "tp2 x pp2 x fsdp2": (8, ParallelConfig(tp=2, pp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+    "cp4": (4, ParallelConfig(cp=4, microbatches=2)),
+    "tp2 x cp2": (4, ParallelConfig(tp=2, cp=2)),
+    "pp2 x cp2": (4, ParallelConfig(pp=2, cp=2)),
+    "cp2 x fsdp2": (4, ParallelConfig(cp=2)),
+    "cp2 x pp2 x fsdp2": (8, ParallelConfig(cp=2, pp=2)),
+    "tp2 x cp2 x pp2": (8, ParallelConfig(tp=2, cp=2, pp=2)),
 }
 """Every mixer is compared in each of these; a name is processes and settings."""
 
@@ -85,6 +92,17 @@ PRODUCTS: dict[str, tuple[int, ParallelConfig]] = {
     "tp2 x pp2 x replicate2": (8, ParallelConfig(tp=2, pp=2, dp_replicate=2)),
     "tp2 x pp4": (8, ParallelConfig(tp=2, pp=4)),
     "tp4 x pp2": (8, ParallelConfig(tp=4, pp=2)),
+    "cp2, recompute": (2, ParallelConfig(cp=2, recompute="full")),
+    "cp4, selective recomputation": (4, ParallelConfig(cp=4, recompute="selective")),
+    "cp2 x replicate2": (4, ParallelConfig(cp=2, dp_replicate=2)),
+    "cp2 x hsdp2x2": (8, ParallelConfig(cp=2, dp_replicate=2)),
+    "cp4 x fsdp2": (8, ParallelConfig(cp=4)),
+    "tp4 x cp2, sequence whole": (8, ParallelConfig(tp=4, cp=2, sequence_parallel=False)),
+    "tp2 x cp4": (8, ParallelConfig(tp=2, cp=4, sequence_parallel=False)),
+    "tp2 x cp2 x fsdp2": (8, ParallelConfig(tp=2, cp=2)),
+    "pp2 x cp4": (8, ParallelConfig(pp=2, cp=4)),
+    "pp4 interleaved x cp2": (8, ParallelConfig(pp=4, cp=2, pp_schedule="interleaved1f1b")),
+    "pp2 zbv x cp2": (4, ParallelConfig(pp=2, cp=2, pp_schedule="zbv")),
 }
 """Further products up to 8 processes, with accumulation and recomputation."""
 
@@ -98,7 +116,9 @@ def depth(name: str, precision: str) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a mixer, one of its examples, and what its model is like.
+    """What is trained: a mixer (or several, joined by +), one of its examples, and what its model is like.
+
+    `isolated`: whether rows are of several documents; otherwise each is one.
 
     In fp32 two layers are compared and in fp64 four: rounding inside forward grows with the depth, and in fp32 it comes
     near the bound where heads are few and their products small (as near for one process, against fp64).
@@ -108,14 +128,25 @@ class Case:
     example: int = 0
     num_layers: int = 4
     model: dict[str, Any] = field(default_factory=dict)
+    isolated: bool = True
+
+    @classmethod
+    def of(cls, kind: str, name: str, precision: str) -> Case:
+        """What is compared in a layout of that name: rows of one document where the layout wants them so."""
+        _, parallel = (LAYOUTS | PRODUCTS)[name]
+        crossings = {mixer_class(part).context for part in kind.split("+")}
+        isolated = parallel.cp == 1 or "none" not in crossings
+        return cls(kind, num_layers=depth(name, precision), isolated=isolated)
 
     def architecture(self) -> Architecture:
         """Width 32, a vocabulary that no tp divides, all feed-forwards; tied, with biases, unless `model` says else."""
+        kinds = self.kind.split("+")
+        names = kinds if len(kinds) > 1 else ["it"]
         settings: dict[str, Any] = {
             "d_model": D_MODEL,
             "num_layers": self.num_layers,
             "vocab_size": VOCAB,
-            "pattern": ["it"],
+            "pattern": names,
             "feedforward_pattern": FEEDFORWARDS[min(self.num_layers, 4)],
             "tie_embeddings": True,
             "bias": True,
@@ -123,7 +154,10 @@ class Case:
         }
         tables = {
             "model": settings | self.model,
-            "mixers": {"it": {"kind": self.kind} | mixer_class(self.kind).examples[self.example]},
+            "mixers": {
+                name: {"kind": kind} | mixer_class(kind).examples[self.example]
+                for name, kind in zip(names, kinds, strict=True)
+            },
             "feedforwards": {"swiglu": {"d_ff": 48}, "sglu": {"d_ff": 24}, "gelu": {"d_ff": 64}},
         }
         faults: list[str] = []
@@ -158,11 +192,11 @@ def updater_of(model: Spread, frozen: tuple[str, ...] = ()) -> Updater:
     return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
 
 
-def share_of(model: Spread, step: int) -> Any:
+def share_of(model: Spread, step: int, isolated: bool = True) -> Any:
     """This process's rows of the global batch of a step; rows count 5 to 95% of their tokens."""
     share = ROWS // model.layout.data_parallel
     rows = slice(model.mesh.data_rank * share, (model.mesh.data_rank + 1) * share)
-    return random_batch(ROWS, LENGTH, seed=step).rows(rows)
+    return random_batch(ROWS, LENGTH, seed=step, isolated=isolated).rows(rows)
 
 
 def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
@@ -174,6 +208,11 @@ def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
             full = logical.full_tensor() if isinstance(logical, DTensor) else logical
             found[name] = full.detach().clone()
     return found
+
+
+def speaks(model: Spread) -> bool:
+    """Whether this process, of those with the same stages, says what is in them."""
+    return not (model.mesh.data_rank or model.mesh.rank("cp") or model.mesh.rank("tp"))
 
 
 def two_steps(
@@ -199,17 +238,17 @@ def two_steps(
 
     updater.optimizer.step = noting_step  # type: ignore[method-assign, assignment]
     for step in (1, 2):
-        outcome = updater.update(share_of(model, step), step, lr=LR)
+        outcome = updater.update(share_of(model, step, case.isolated), step, lr=LR)
         seen["losses"].append(outcome.loss)
         seen["norms"].append(outcome.grad_norm)
         # Between training steps, as validation comes: it must leave no trace.
         model.evaluating(True)
-        nats = torch.tensor(model.evaluate(share_of(model, 100), updater.objective), dtype=torch.float64)
+        nats = torch.tensor(model.evaluate(share_of(model, 100, case.isolated), updater.objective), dtype=torch.float64)
         model.evaluating(False)
         dist.all_reduce(nats)
         seen["evaluated"].append(nats.item())
     seen["parameters"] = whole(model, dict(model.parameters))
-    if model.mesh.data_rank or model.mesh.rank("tp"):
+    if not speaks(model):
         seen["gradients"], seen["parameters"] = {}, {}
     return seen
 
@@ -290,7 +329,7 @@ def train_and_write(
     folder = run_dir / "checkpoints" / f"step-{steps - 1:08d}"
     if folder.exists():
         assert load_training_state(folder, model, updater.optimizer) == began
-    outcome = updater.update(share_of(model, steps), steps, lr=LR)
+    outcome = updater.update(share_of(model, steps, case.isolated), steps, lr=LR)
     if write:
         writer = CheckpointWriter(run_dir, CheckpointConfig(), lambda _: {}, lambda *_, **__: None)
         ended = Counters(steps, ROWS, ROWS * LENGTH, skipped=3, skipped_in_a_row=2)
@@ -309,6 +348,6 @@ def train_and_write(
     }
     seen = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
     seen |= {"parameters": whole(model, dict(model.parameters)), "moments": moments}
-    if model.mesh.data_rank or model.mesh.rank("tp"):
+    if not speaks(model):
         seen["parameters"], seen["moments"] = {}, {}
     return seen

@@ -70,11 +70,14 @@ def positions_of(documents: Tensor) -> Tensor:
     return places - torch.where(begins, places, 0).cummax(1).values
 
 
-def random_batch(batch_size: int, n: int, seed: int = 0) -> Batch:
-    """Tokens of several documents a row; 5 to 95% of the tokens of a row count."""
+def random_batch(batch_size: int, n: int, seed: int = 0, *, isolated: bool = True) -> Batch:
+    """Tokens of several documents a row (or of one); 5 to 95% of the tokens of a row count."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCAB, (batch_size, n + 1), generator=generator)
     documents = random_documents(batch_size, n, seed)
     share = torch.linspace(0.05, 0.95, batch_size)[:, None]
     counted = torch.rand(batch_size, n, generator=generator) < share
+    if not isolated:
+        places = torch.arange(n).expand(batch_size, n)
+        return Batch(tokens[:, :-1], tokens[:, 1:], counted, None, places)
     return Batch(tokens[:, :-1], tokens[:, 1:], counted, documents, positions_of(documents))

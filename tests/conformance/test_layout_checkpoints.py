@@ -102,16 +102,15 @@ def test_in_the_same_layout_it_continues_bit_for_bit(pool: Pool, tmp_path: Path,
 
 
 def straight_on(case: Case, parallel: ParallelConfig, precision: str) -> dict[str, Any]:
-    from tests.conformance.layouts import LR, build, share_of, updater_of, whole
+    from tests.conformance.layouts import LR, build, share_of, speaks, updater_of, whole
 
     model = build(case, parallel, precision)
     updater = updater_of(model)
     updater.update(share_of(model, 1), 1, lr=LR)
     outcome = updater.update(share_of(model, 2), 2, lr=LR)
     parameters = whole(model, dict(model.parameters))
-    speaks = not (model.mesh.data_rank or model.mesh.rank("tp"))
     return {
         "losses": [outcome.loss],
         "norms": [outcome.grad_norm],
-        "parameters": parameters if speaks else {},
+        "parameters": parameters if speaks(model) else {},
     }

@@ -27,7 +27,6 @@ from tests.conformance.layouts import (
     Case,
     assert_equal,
     compiled_steps,
-    depth,
     kept_wide,
     merged,
     plain_gradients,
@@ -60,21 +59,29 @@ def faults(case: Case, name: str) -> list[str]:
     """Why this mixer's example cannot be trained in this layout."""
     world_size, parallel = (LAYOUTS | PRODUCTS)[name]
     architecture: Architecture = case.architecture()
-    return layout_faults(parallel, world_size, architecture, seq_len=LENGTH, global_batch_size=ROWS)
+    return layout_faults(
+        parallel,
+        world_size,
+        architecture,
+        seq_len=LENGTH,
+        global_batch_size=ROWS,
+        isolate_documents=case.isolated,
+    )
 
 
 def compare(pool: Pool, alone: Alone, case: Case, name: str, precision: str, **options: Any) -> None:
     world_size, parallel = (LAYOUTS | PRODUCTS)[name]
     if why := faults(case, name):
-        # What cannot be is refused, and only because heads or widths cannot be cut so.
-        assert all("largest tp that fits this model is" in sentence for sentence in why), why
+        # What cannot be is refused, and only because heads, widths or blocks cannot be cut so.
+        known = ("largest tp that fits this model is", "so a cut falls into a block")
+        assert all(any(words in sentence for words in known) for sentence in why), why
         return
     found = pool.run(two_steps, world_size, case, parallel, precision, **options)
     assert_equal(found, alone(case, precision, **options), BOUNDS[precision])
 
 
 IN_ALL = ("softmax", "lightning")
-COVERING = ("tp4", "pp2 zbv", "tp2 x pp2", "tp2 x fsdp2")
+COVERING = ("tp4", "pp2 zbv", "tp2 x pp2", "tp2 x fsdp2", "cp4", "tp2 x cp2")
 CELLS = [
     pytest.param(kind, name, marks=[] if kind in IN_ALL or name in COVERING else pytest.mark.matrix)
     for kind in KINDS
@@ -86,7 +93,7 @@ cutting a layer untried; the matrix has the rest."""
 
 @pytest.mark.parametrize(("kind", "name"), CELLS)
 def test_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
-    compare(pool, alone, Case(kind, num_layers=depth(name, "fp64")), name, "fp64")
+    compare(pool, alone, Case.of(kind, name, "fp64"), name, "fp64")
 
 
 def test_one_process_trains_on_the_mean_over_counted_tokens(pool: Pool, alone: Alone) -> None:
@@ -105,18 +112,18 @@ def test_one_process_trains_on_the_mean_over_counted_tokens(pool: Pool, alone: A
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kind: str, name: str) -> None:
-    compare(pool, alone, Case(kind, num_layers=depth(name, "fp32")), name, "fp32")
+    compare(pool, alone, Case.of(kind, name, "fp32"), name, "fp32")
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
-    compare(pool, alone, Case(kind, num_layers=depth(name, "fp64")), name, "fp64")
+    compare(pool, alone, Case.of(kind, name, "fp64"), name, "fp64")
 
 
 OTHERS = [(kind, example) for kind, example in CASES if example > 0]
-OTHER_LAYOUTS = ["tp2", "tp4", "tp2 x pp2 x fsdp2"]
+OTHER_LAYOUTS = ["tp2", "tp4", "cp2", "tp2 x pp2 x fsdp2"]
 
 
 @pytest.mark.matrix
@@ -125,6 +132,22 @@ OTHER_LAYOUTS = ["tp2", "tp4", "tp2 x pp2 x fsdp2"]
 def test_other_settings_of_a_mixer(pool: Pool, alone: Alone, kind: str, example: int, name: str) -> None:
     """Grouped queries, odd head widths, windows, other activations; where tp cannot cut them, a refusal."""
     compare(pool, alone, Case(kind, example), name, "fp64")
+
+
+@pytest.mark.parametrize("name", ["cp4", pytest.param("tp2 x cp2 x pp2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kind", ["softmax", "lightning"])
+def test_rows_of_one_document_are_cut(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    """Where rows are one document each, nothing masks what crosses the cuts."""
+    compare(pool, alone, Case(kind, isolated=False), name, "fp64")
+
+
+HYBRIDS = ["lightning+softmax+minimax+norm_linear", "diag_block+lightning+softmax+diag_block"]
+
+
+@pytest.mark.parametrize("name", ["cp2", pytest.param("tp2 x cp2 x pp2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kinds", HYBRIDS)
+def test_hybrids_are_cut(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
+    compare(pool, alone, Case.of(kinds, name, "fp64"), name, "fp64")
 
 
 MODELS: dict[str, dict[str, Any]] = {
