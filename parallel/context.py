@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from model.context import WholeSequence
+from model.context import Context, WholeSequence
+from model.stack import Model
 from parallel.collectives import Gather, Trade
 
 VANISHED = {torch.float32: 20.0, torch.float64: 40.0}
@@ -82,6 +83,63 @@ class SequenceCut(WholeSequence):
     def _length(self, x_BN: Tensor) -> int:
         assert x_BN.shape[1] % self.size == 0, f"{x_BN.shape[1]} tokens are not cut into {self.size} equal pieces"
         return x_BN.shape[1] // self.size
+
+
+class _Noted(WholeSequence):
+    """The first of two pieces as far as shapes go, without another process; notes what a mixer asks of it."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def states(self, state_BHde: Tensor, slopes_H: Tensor | None, n: int) -> Tensor:
+        self.asked.add("states")
+        return torch.zeros_like(state_BHde)
+
+    def keys_values(self, k_BNHd: Tensor, v_BNHe: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
+        self.asked.add("keys_values")
+        return k_BNHd, v_BNHe
+
+    def to_heads(self, x_BNHd: Tensor) -> Tensor:
+        self.asked.add("to_heads")
+        return torch.cat(x_BNHd.chunk(2, dim=2), dim=1)
+
+    def from_heads(self, x_BNHd: Tensor) -> Tensor:
+        return torch.cat(x_BNHd.chunk(2, dim=1), dim=2)
+
+    def heads_here(self, x_H: Tensor) -> Tensor:
+        return x_H.chunk(2)[0]
+
+
+ASKED_FOR = {"state": "states", "kv": "keys_values", "heads": "to_heads", "none": None}
+"""What a mixer with this `context` has to ask of the cut."""
+
+
+def crossing_faults(model: Model, n: int = 8) -> list[str]:
+    """Mixers, a user's own perhaps, that do not ask for what they say crosses a cut: each piece would be a sequence of
+    its own, without a word.
+
+    Args:
+        model: on the meta device, where each mixer is run once, on n tokens. One that cannot be run there goes unsaid.
+    """
+    faults: dict[str, None] = {}
+    for block in model.layers.values():
+        mixer, cut = block.mixer, _Noted()
+        wanted = ASKED_FOR[mixer.context]
+        positions = torch.zeros(1, n, dtype=torch.int64, device="meta")
+        ctx = Context(positions, cut=cut)
+        try:
+            mixer.prepare(ctx)
+            mixer(torch.empty(1, n, model.architecture.model.d_model, device="meta"), ctx)
+        except (RuntimeError, NotImplementedError):
+            continue
+        if wanted is not None and wanted not in cut.asked:
+            faults[
+                f'{type(mixer).__name__} says "{mixer.context}" crosses a cut of the sequence, but its forward never '
+                f"calls ctx.cut.{wanted}."
+            ] = None
+    return list(faults)
 
 
 def reaching_heads(slopes: list[float], tokens: int, dtype: torch.dtype) -> list[int]:

@@ -234,11 +234,13 @@ def _sequence_faults(
             "or set sequence_parallel = false."
         )
     if layout.cp > 1:
-        for name, (mixer, settings) in architecture.mixers.items():
-            faults += [
-                f"parallel.cp = {layout.cp}, mixers.{name}: {fault}"
-                for fault in _crossing_faults(mixer, settings, layout, piece, isolate_documents)
-            ]
+        said = [
+            f"parallel.cp = {layout.cp}, mixers.{name}: {fault}"
+            for name, (mixer, settings) in architecture.mixers.items()
+            for fault in _crossing_faults(mixer, settings, layout, piece, isolate_documents)
+        ]
+        # A mixer that cannot be cut so need not be tried.
+        faults += said or [f"parallel.cp = {layout.cp}: {fault}" for fault in _uncrossed(architecture)]
     return faults
 
 
@@ -275,6 +277,17 @@ def _undeclared(architecture: Architecture) -> list[str]:
 
     with torch.device("meta"):
         return sharding_faults(Model(architecture))
+
+
+def _uncrossed(architecture: Architecture) -> list[str]:
+    """Mixers, a user's own perhaps, that do not do what they say about cuts of the sequence."""
+    import torch
+
+    from model.stack import Model
+    from parallel.context import crossing_faults
+
+    with torch.device("meta"):
+        return crossing_faults(Model(architecture))
 
 
 def largest_divisor(number: int, at_most: int) -> int:

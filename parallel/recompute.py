@@ -9,7 +9,12 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import parallel.context  # noqa: F401  (registers the operator that is kept)
 from model.stack import Model
+
+# The states that entered a piece of the sequence are always kept: they are small, and to ask for them again would be
+# another collective in each layer.
+_CROSSED = {torch.ops.headway.exchange_states.default}
 
 # What `selective` keeps: the results of linear maps and of fused attention. All else is cheap to compute again.
 # Batched products are left out: inside linear attention they make scores and states, which are large, and a result
@@ -21,11 +26,11 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
+} | _CROSSED
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 Recompute = Literal["none", "selective", "full"]
@@ -36,8 +41,9 @@ def recompute_blocks(model: Model, kind: Recompute) -> None:
     if kind == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    kept = _KEPT if kind == "selective" else _CROSSED if model.cut.size > 1 else None
+    if kept is not None:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
     for block in model.layers.values():
         block.forward = _recomputed(block.forward, options)
 

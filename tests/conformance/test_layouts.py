@@ -187,7 +187,7 @@ def test_bf16_stays_near_and_keeps_fp32_masters(pool: Pool, alone: Alone, kind: 
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("kind", "name"), [("softmax", "tp2"), ("lightning", "tp2 x pp2")])
+@pytest.mark.parametrize(("kind", "name"), [("softmax", "tp2"), ("lightning", "tp2 x pp2"), ("lightning", "cp2")])
 def test_compiled_blocks_the_second_time_too(pool: Pool, alone: Alone, tmp_path: Path, kind: str, name: str) -> None:
     """With a warm cache, torch compiles a tensor-parallel model of DTensors into one with wrong gradients (on CPUs)."""
     world_size, parallel = LAYOUTS[name]

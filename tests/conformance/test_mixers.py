@@ -132,14 +132,14 @@ def test_head_gates_scale_contributions(kind: str, example: int) -> None:
 @every_mixer
 def test_looking_both_ways_is_done_or_refused(kind: str, example: int) -> None:
     model = small_model(kind, example)
-    tokens = torch.randint(VOCAB, (1, 9))
+    tokens = torch.randint(VOCAB, (1, 6))
     if not mixer_class(kind).bidirectional:
         with pytest.raises(ValueError, match="can only look back"):
             model(tokens, causal=False)
         return
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % VOCAB
-    assert not torch.equal(model(tokens, causal=False)[0, 5], model(changed, causal=False)[0, 5])
+    assert not torch.equal(model(tokens, causal=False)[0, 2], model(changed, causal=False)[0, 2])
 
 
 @every_mixer

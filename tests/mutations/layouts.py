@@ -130,9 +130,15 @@ FAULTS = [
         cells("softmax", "tp2"),
     ),
     Fault(
+        "tokens counted once for each piece of the sequence",
+        "parallel/mesh.py",
+        [('== self.rank("cp") ==', "==")],
+        cells("softmax", "cp2"),
+    ),
+    Fault(
         "tokens counted once for each rank",
         "parallel/mesh.py",
-        [('return self.rank("pp") == 0 and self.rank("tp") == 0', "return True")],
+        [('return self.rank("pp") == self.rank("cp") == self.rank("tp") == 0', "return True")],
         cells("softmax", "tp2"),
     ),
     Fault(
@@ -169,5 +175,113 @@ FAULTS = [
         "parallel/norms.py",
         [("while len(terms) < 3 and", "while False and")],
         ["tests/parallel/test_tensor.py"],
+    ),
+    Fault(
+        "a state that is not passed over a cut",
+        "model/layer.py",
+        [("return ctx.cut.states(own(), slopes_H, ctx.positions.shape[1])", "return None")],
+        cells("lightning", "cp2"),
+    ),
+    Fault(
+        "a state passed on without its decay",
+        "parallel/context.py",
+        [("* torch.exp(-slopes[indices].to(state.dtype) * (n * between))[:, None, None]", "* 1.0")],
+        cells("lightning", "cp4"),
+    ),
+    Fault(
+        "a state passed only from the neighbour",
+        "parallel/context.py",
+        [("if slope * tokens <= VANISHED[dtype]]", "if slope * tokens <= 0]")],
+        cells("lightning", "cp4"),
+    ),
+    Fault(
+        "states that have vanished sent all the same",
+        "parallel/context.py",
+        [("if slope * tokens <= VANISHED[dtype]]", "if True]")],
+        ["tests/parallel/test_context.py"],
+    ),
+    Fault(
+        "a state passed into the document after its own",
+        "parallel/context.py",
+        [("        if connected is not None:\n", "        if False:\n")],
+        cells("lightning", "cp2"),
+    ),
+    Fault(
+        "gradients of states that stop at a cut",
+        "parallel/context.py",
+        [("back = exchange_states(grad.contiguous()", "back = exchange_states(0 * grad")],
+        cells("lightning", "cp2"),
+    ),
+    Fault(
+        "gradients of states that go on forwards",
+        "parallel/context.py",
+        [("*ctx.rest, not ctx.backwards)", "*ctx.rest, ctx.backwards)")],
+        cells("lightning", "cp2"),
+    ),
+    Fault(
+        "positions that restart at a cut",
+        "model/batch.py",
+        [
+            (
+                "return replace(self, **parts)",
+                'return replace(self, **parts | {"positions": parts["positions"] * 0 + '
+                'self.positions[:, : parts["tokens"].shape[1]]})',
+            )
+        ],
+        cells("softmax", "cp2"),
+    ),
+    Fault(
+        "default positions that restart at a cut",
+        "model/stack.py",
+        [("positions=(steps + first)", "positions=(steps + 0)")],
+        ["tests/parallel/test_context.py"],
+    ),
+    Fault(
+        "keys of a piece alone",
+        "model/mixers/softmax.py",
+        [
+            ("ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)", "(k_BNGd, v_BNGd)"),
+            (
+                "torch.arange(m, device=ctx.positions.device)[None, :]",
+                "torch.arange(ctx.first_index, m, device=ctx.positions.device)[None, :]",
+            ),
+            ("ctx.key_documents[:, :m]", "ctx.key_documents[:, ctx.first_index : m]"),
+        ],
+        cells("softmax", "cp2"),
+    ),
+    Fault(
+        "documents of a piece alone",
+        "model/stack.py",
+        [("cut=self.cut.over(documents),", "cut=self.cut.over(None),")],
+        cells("lightning", "cp2"),
+    ),
+    Fault(
+        "the nats of one piece of the sequence",
+        "parallel/spread.py",
+        [('return self.mesh.rank("tp") == 0', 'return self.mesh.rank("tp") == self.mesh.rank("cp") == 0')],
+        cells("softmax", "cp2"),
+    ),
+    Fault(
+        "gradients divided by dp where pieces of the sequence are summed as well",
+        "parallel/spread.py",
+        [
+            (
+                "return self.mesh.data.size() if isinstance(self.stages[0], FSDPModule) else 1",
+                "return self.layout.data_parallel if isinstance(self.stages[0], FSDPModule) else 1",
+            )
+        ],
+        cells("softmax", "cp2"),
+    ),
+    Fault(
+        "states asked for again by recomputation",
+        "parallel/recompute.py",
+        [("_CROSSED if model.cut.size > 1 else None", "None")],
+        ["tests/parallel/test_context.py"],
+    ),
+    Fault(
+        "heads traded back in another order",
+        "parallel/collectives.py",
+        [("return torch.cat(received.unbind(), dim=joined)", "return torch.cat(received.unbind()[::-1], dim=joined)")],
+        ["tests/parallel/test_context.py"],
     ),
 ]
