@@ -19,6 +19,7 @@ from trainer.metrics import read_metrics
 VOCAB = 67  # more than the data has, and divided by no tp
 
 TP_PP = ("--parallel.tp", "2", "--parallel.pp", "2")
+CP = ("--parallel.cp", "2")
 ZBV = ("--parallel.pp", "2", "--parallel.pp_schedule", "zbv")
 
 
@@ -69,6 +70,8 @@ def assert_same_curve(run_dir: Path, twin: Path, within: float = 1e-3) -> None:
     [
         (4, TP_PP),
         (4, ZBV),
+        (4, CP),
+        pytest.param(4, ("--parallel.tp", "2", *CP), marks=pytest.mark.matrix),
         pytest.param(4, ("--parallel.tp", "2"), marks=pytest.mark.matrix),
         pytest.param(2, ("--parallel.pp", "2", "--parallel.recompute", "full"), marks=pytest.mark.matrix),
     ],
@@ -83,10 +86,10 @@ def test_the_curve_is_that_of_one_process(
 
 
 def test_one_run_through_three_layouts(pool: Pool, twin: Path, prefix: str, tmp_path: Path) -> None:
-    """Saved in tp2 x pp2, resumed in fsdp2, then in one process."""
+    """Saved in tp2 x pp2, resumed in cp2 x fsdp2, then in one process."""
     config = config_in(tmp_path, prefix)
     go(pool, 4, config, *TP_PP, "--run.stop_at_step", "3")
-    go(pool, 2, config, "--run.stop_at_step", "6")
+    go(pool, 4, config, *CP, "--run.stop_at_step", "6")
     go(pool, 1, config)
     assert_same_curve(tmp_path / "run", twin)
     ours, theirs = stored(tmp_path / "run", 10), stored(twin, 10)
@@ -94,7 +97,11 @@ def test_one_run_through_three_layouts(pool: Pool, twin: Path, prefix: str, tmp_
     assert ours["model.embedding.weight"].shape == (VOCAB, 16)
 
 
-@pytest.mark.parametrize("layout", [TP_PP, pytest.param(ZBV, marks=pytest.mark.matrix)], ids=["tp2 x pp2", "zbv"])
+@pytest.mark.parametrize(
+    "layout",
+    [TP_PP, pytest.param(ZBV, marks=pytest.mark.matrix), pytest.param(CP, marks=pytest.mark.matrix)],
+    ids=["tp2 x pp2", "zbv", "cp2 x fsdp2"],
+)
 def test_stopped_and_resumed_in_one_layout_it_is_equal_bit_for_bit(
     pool: Pool, prefix: str, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
