@@ -65,7 +65,8 @@ class Layer(nn.Module):
             about settings that cannot be built, and `tensor_parallel_units()`, what tp must divide.
         sharding: parameter (or buffer) name -> how tensor parallelism cuts it. All of them have to be there.
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
-        no_decay: names of matrices that weight decay must leave alone.
+        no_decay: names of matrices that weight decay must leave alone. Muon does, too: what has two dimensions but is
+            no linear map (angles of each head) is named here.
     """
 
     Config: ClassVar[type]
