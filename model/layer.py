@@ -66,7 +66,8 @@ class Layer(nn.Module):
             `sequence_cut_faults(piece, isolate_documents)`, why rows cannot be cut into pieces of so many tokens.
         sharding: parameter (or buffer) name -> how tensor parallelism cuts it. All of them have to be there.
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
-        no_decay: names of matrices that weight decay must leave alone.
+        no_decay: names of matrices that weight decay must leave alone. Muon does, too: what has two dimensions but is
+            no linear map (angles of each head) is named here.
     """
 
     Config: ClassVar[type]

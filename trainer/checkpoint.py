@@ -61,12 +61,16 @@ def training_state(model: Spread, optimizer: torch.optim.Optimizer, counters: Co
 def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Optimizer) -> Counters:
     """Read a step folder into the model and the optimizer, in whatever layout they are. Collective.
 
-    A parameter that was frozen when the folder was written (`run.freeze` may change) starts with a fresh optimizer
-    state; of one that is frozen now, the stored state is left unread.
+    A parameter that was frozen when the folder was written (`run.freeze` may change), or updated by another optimizer,
+    starts with a fresh optimizer state; of one that is frozen now, the stored state is left unread.
     """
     state = training_state(model, optimizer, Counters())
     stored = tensor_shapes(folder, "optimizer.")
-    state["optimizer"] = {name: moments for name, moments in state["optimizer"].items() if f"{name}.step" in stored}
+    state["optimizer"] = {
+        name: moments
+        for name, moments in state["optimizer"].items()
+        if all(f"{name}.{key}" in stored for key in moments)
+    }
     read_tensors(state, folder)
     model.update_copies()
     return Counters(**{key: int(value) for key, value in state["counters"].items()})

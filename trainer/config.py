@@ -69,14 +69,23 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """`[optimizer]`"""
 
-    kind: Literal["adamw"] = "adamw"
-    """AdamW, with torch's fused update."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW, with torch's fused update; or Muon for the matrices of layers, and AdamW for everything else."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate, of AdamW and, times what adjust_lr says, of Muon."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moments."""
+    """AdamW: decay of the first and second moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """AdamW: added to the root of the second moment."""
+    momentum: float = 0.95
+    """Muon: decay of the momentum."""
+    nesterov: bool = True
+    """Muon: take the gradient once more into what is orthogonalised (Nesterov's momentum)."""
+    ns_steps: int = 5
+    """Muon: Newton-Schulz iterations that orthogonalise an update."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Muon: the learning rate of a matrix [A, B] is lr times 0.2 sqrt(max(A, B)), so that its updates are as large as
+    AdamW's and one lr serves both; or, as first published, times sqrt(max(1, A / B)), which asks for a larger lr."""
     weight_decay: float = 0.1
     """Decoupled, on matrices only."""
     grad_clip: float = 1.0
@@ -352,6 +361,10 @@ def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:
     ]
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         faults.append(f"optimizer.betas = {list(optimizer.betas)} must lie in [0, 1).")
+    if not 0 <= optimizer.momentum < 1:
+        faults.append(f"optimizer.momentum = {optimizer.momentum} must lie in [0, 1), for example 0.95.")
+    if optimizer.ns_steps < 1:
+        faults.append(f"optimizer.ns_steps = {optimizer.ns_steps} must be at least 1; 5 is usual.")
     if optimizer.max_skipped_in_a_row < 1:
         faults.append(f"optimizer.max_skipped_in_a_row = {optimizer.max_skipped_in_a_row} must be at least 1.")
     return faults

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from model.stack import undecayed_names
+from parallel.muon import Muon
 from parallel.spread import Spread
 from trainer.config import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only, its state already there (so that a checkpoint can be read into it).
+    """AdamW, or Muon beside it, with weight decay on matrices only.
+
+    Muon updates the matrices of layers that weight decay touches; embedding, positions, head, norms, biases and what
+    layers exempt go by AdamW. All state is there already, so that a checkpoint can be read into it.
 
     Args:
         frozen: patterns of parameter names that are not trained.
@@ -25,11 +29,16 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
     model.freeze(frozen_names([name for name, _ in model.uncut.named_parameters()], frozen))
     undecayed = {name for stage in model.stages for name in undecayed_names(stage)}
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
+    matrices: list[str] = []
     for name, parameter in model.parameters.items():
-        if parameter.requires_grad:
-            decayed = parameter.ndim >= 2 and name not in undecayed
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim >= 2 and name not in undecayed
+        if config.kind == "muon" and decayed and parameter.ndim == 2 and name.startswith("layers."):
+            matrices.append(name)
+        else:
             groups[config.weight_decay if decayed else 0.0].append(parameter)
-    optimizer = torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         # A stage of a pipeline may have nothing for one of the groups, or nothing that is trained at all.
         [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
         lr=config.lr,
@@ -37,14 +46,26 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
         eps=config.eps,
         fused=True,
     )
-    for group in optimizer.param_groups:
+    for group in adamw.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
+            adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    return optimizer
+    if config.kind == "adamw":
+        return adamw
+    return Muon(
+        model,
+        matrices,
+        adamw,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        adjust_lr=config.adjust_lr,
+    )
 
 
 def frozen_names(names: list[str], patterns: list[str]) -> set[str]:

@@ -10,7 +10,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
 from tests.conformance.layouts import LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
 from tests.conformance.models import CASES, mixer_class
-from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS
+from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
 from tests.conformance.test_layouts import KINDS, OTHER_LAYOUTS, OTHERS, faults
 
 Rows = list[tuple[str, ...]]
@@ -64,7 +64,9 @@ def _other_settings() -> Rows:
 def _crossings() -> Rows:
     rows: Rows = [("written by", "read by", "the run that goes on equals"), ("---",) * 3]
     rows += [(by, then, "one process, fp64, 1e-9; parameters and moments") for by, then in CROSSINGS]
+    rows += [(by, then, "the same with Muon, lightning") for by, then in MUON_CROSSINGS]
     rows += [(name, name, f"the run that was not stopped, {precision}, bit for bit") for name, precision in BIT_EQUAL]
+    rows += [(name, name, f"the same with Muon, {precision}") for name, precision in MUON_BIT_EQUAL]
     return rows
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ FEEDFORWARDS = {2: ["sglu", "gelu"], 4: ["swiglu", "gelu", "sglu", "swiglu"]}
 LR, CLIP = 0.01, 0.5
 
 Tensors = dict[str, torch.Tensor]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def depth(name: str, precision: str) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a mixer (or several, joined by +), one of its examples, and what its model is like.
+    """What is trained, and by which optimizer: a mixer (or several, joined by +), one of its examples, and what its
+    model is like.
 
     `isolated`: whether rows are of several documents; otherwise each is one.
 
@@ -129,6 +131,7 @@ class Case:
     num_layers: int = 4
     model: dict[str, Any] = field(default_factory=dict)
     isolated: bool = True
+    optimizer: Optimizer = "adamw"
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -183,11 +186,12 @@ def build(case: Case, parallel: ParallelConfig, precision: str, compiled: bool =
     return model
 
 
-def updater_of(model: Spread, frozen: tuple[str, ...] = ()) -> Updater:
+def updater_of(model: Spread, case: Case, frozen: tuple[str, ...] = ()) -> Updater:
     # Adam makes a whole step of a gradient that is nothing but rounding (that of a key's bias under a softmax is zero
     # in exact arithmetic). Its eps is put well above rounding, so that what is compared is the layout.
     eps = 1e-6 if model.dtype == torch.float64 else 1e-3
-    optimizer = build_optimizer(model, OptimizerConfig(lr=LR, eps=eps, grad_clip=CLIP), frozen=list(frozen))
+    config = OptimizerConfig(kind=case.optimizer, lr=LR, eps=eps, grad_clip=CLIP)
+    optimizer = build_optimizer(model, config, frozen=list(frozen))
     objective = NextToken(model.cross_entropy)
     return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
 
@@ -227,7 +231,7 @@ def two_steps(
     Tensors come from one process for each pipeline rank.
     """
     model = build(case, parallel, precision, compiled)
-    updater = updater_of(model, frozen)
+    updater = updater_of(model, case, frozen)
     seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "gradients": {}}
     plain_step = updater.optimizer.step
 
@@ -324,7 +328,7 @@ def train_and_write(
 ) -> dict[str, Any]:
     """Go on from step `steps - 1`, if it was written, to `steps`; write that, or say what came of it."""
     model = build(case, parallel, precision)
-    updater = updater_of(model)
+    updater = updater_of(model, case)
     began = Counters(steps - 1, ROWS, ROWS * LENGTH, skipped=3, skipped_in_a_row=2)
     folder = run_dir / "checkpoints" / f"step-{steps - 1:08d}"
     if folder.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.conformance.layouts import (
     PRODUCTS,
     Bounds,
     Case,
+    Optimizer,
     depth,
     differences,
     merged,
@@ -27,6 +29,7 @@ from tests.conformance.test_layouts import KINDS
 from tests.pool import Pool
 
 MATRIX = pytest.mark.matrix
+Twin = Callable[..., list[Any]]
 ALL = LAYOUTS | PRODUCTS | {"alone": (1, ParallelConfig())}
 CROSSINGS = [
     ("tp2 x pp2", "fsdp2"),
@@ -39,6 +42,14 @@ CROSSINGS = [
     ("tp2 x hsdp2x2", "pp2 zbv"),
     ("tp4 x fsdp2", "pp4"),
 ]
+
+MUON_CROSSINGS = [
+    ("tp2 x fsdp2", "alone"),
+    ("alone", "tp2 x pp2 x fsdp2"),
+    ("tp2 x hsdp2x2", "pp2 zbv"),
+]
+
+MUON_BIT_EQUAL = [("tp2 x fsdp2", "fp32"), ("pp2 zbv x fsdp2", "bf16")]
 
 BIT_EQUAL = [
     ("tp2 x pp2", "fp32"),
@@ -74,12 +85,13 @@ def assert_continued(found: list[Any], wanted: list[Any], bounds: Bounds) -> Non
 
 
 @pytest.fixture(scope="module")
-def twin(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
-    """The second of two steps of one process, for each mixer."""
+def twin(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    """The second of two steps of one process, for each mixer and optimizer."""
 
     @cache
-    def run(kind: str) -> list[Any]:
-        return written_and_read(pool, case_of(kind), tmp_path_factory.mktemp(kind), "alone", "alone", "fp64")
+    def run(kind: str, optimizer: Optimizer = "adamw") -> list[Any]:
+        case = replace(case_of(kind), optimizer=optimizer)
+        return written_and_read(pool, case, tmp_path_factory.mktemp(kind), "alone", "alone", "fp64")
 
     return run
 
@@ -89,10 +101,20 @@ def twin(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 )
 @pytest.mark.parametrize("kind", [kind if kind == "lightning" else pytest.param(kind, marks=MATRIX) for kind in KINDS])
 def test_a_checkpoint_continues_in_another_layout(
-    pool: Pool, twin: Callable[[str], list[Any]], tmp_path: Path, kind: str, by: str, then: str
+    pool: Pool, twin: Twin, tmp_path: Path, kind: str, by: str, then: str
 ) -> None:
     wanted = twin(kind)
     found = written_and_read(pool, case_of(kind), tmp_path, by, then, "fp64")
+    assert_continued(found, wanted, BOUNDS["fp64"])
+
+
+@pytest.mark.parametrize(
+    ("by", "then"), [MUON_CROSSINGS[0], *(pytest.param(*case, marks=MATRIX) for case in MUON_CROSSINGS[1:])]
+)
+def test_muon_continues_in_another_layout(pool: Pool, twin: Twin, tmp_path: Path, by: str, then: str) -> None:
+    wanted = twin("lightning", "muon")
+    assert any(name.endswith("q.weight.momentum_buffer") for name in wanted[0]["moments"])
+    found = written_and_read(pool, Case("lightning", optimizer="muon"), tmp_path, by, then, "fp64")
     assert_continued(found, wanted, BOUNDS["fp64"])
 
 
@@ -101,23 +123,37 @@ def test_a_checkpoint_continues_in_another_layout(
 )
 def test_in_the_same_layout_it_continues_bit_for_bit(pool: Pool, tmp_path: Path, name: str, precision: str) -> None:
     """Against a run that was never stopped: its second step follows its first in memory."""
+    assert_bit_equal(pool, Case("lightning", num_layers=depth(name, "fp64")), tmp_path, name, precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [MUON_BIT_EQUAL[0], *(pytest.param(*case, marks=MATRIX) for case in MUON_BIT_EQUAL[1:])]
+)
+def test_muon_continues_bit_for_bit(pool: Pool, tmp_path: Path, name: str, precision: str) -> None:
+    case = Case("lightning", num_layers=depth(name, "fp32"), optimizer="muon")
+    assert_bit_equal(pool, case, tmp_path, name, precision)
+
+
+def assert_bit_equal(pool: Pool, case: Case, tmp_path: Path, name: str, precision: str) -> None:
+    """A run that was stopped between its two steps, and one that was not, in the same layout."""
     world_size, parallel = ALL[name]
-    case = Case("lightning", num_layers=depth(name, "fp64"))
     wanted = pool.run(straight_on, world_size, case, parallel, precision)
     found = written_and_read(pool, case, tmp_path, name, name, precision)
     assert found[0]["losses"] == wanted[0]["losses"]
     assert found[0]["norms"] == wanted[0]["norms"]
-    for name, value in merged(wanted, "parameters").items():
-        assert torch.equal(merged(found, "parameters")[name], value), name
+    ours, theirs = merged(found, "parameters"), merged(wanted, "parameters")
+    assert ours.keys() == theirs.keys()
+    for parameter, value in theirs.items():
+        assert torch.equal(ours[parameter], value), parameter
 
 
 def straight_on(case: Case, parallel: ParallelConfig, precision: str) -> dict[str, Any]:
     from tests.conformance.layouts import LR, build, share_of, speaks, updater_of, whole
 
     model = build(case, parallel, precision)
-    updater = updater_of(model)
-    updater.update(share_of(model, 1), 1, lr=LR)
-    outcome = updater.update(share_of(model, 2), 2, lr=LR)
+    updater = updater_of(model, case)
+    updater.update(share_of(model, 1, case.isolated), 1, lr=LR)
+    outcome = updater.update(share_of(model, 2, case.isolated), 2, lr=LR)
     parameters = whole(model, dict(model.parameters))
     return {
         "losses": [outcome.loss],

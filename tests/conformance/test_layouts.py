@@ -8,6 +8,7 @@ divided by no tp.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,42 @@ HYBRIDS = ["lightning+softmax+minimax+norm_linear", "diag_block+lightning+softma
 @pytest.mark.parametrize("kinds", HYBRIDS)
 def test_hybrids_are_cut(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
     compare(pool, alone, Case.of(kinds, name, "fp64"), name, "fp64")
+
+
+MUON_FIRST = [("softmax", "tp2 x fsdp2"), ("softmax", "pp2 zbv"), ("lightning", "hsdp2x2")]
+MUON_MORE = ["cp2 x fsdp2", "tp2 x pp2 x fsdp2", "pp4 interleaved", "tp2 x hsdp2x2", "pp2 zbv x fsdp2"]
+
+
+def muon_case(kind: str, name: str, precision: str) -> Case:
+    """A model trained by Muon.
+
+    In fp32 with smaller weights: gradients of eight layers of Lightning, which the deepest pipeline needs, are else as
+    far as the bound from those of fp64 before any update, and whether a layout stays below it is chance.
+    """
+    model = {"init_std": 0.05} if precision == "fp32" else {}
+    return replace(Case.of(kind, name, precision), model=model, optimizer="muon")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*MUON_FIRST, *(pytest.param(kind, name, marks=pytest.mark.matrix) for kind in IN_ALL for name in MUON_MORE)],
+)
+def test_muon_in_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    """Matrices cut by columns, by rows, into pieces, over stages, and held several times."""
+    compare(pool, alone, muon_case(kind, name, "fp64"), name, "fp64")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", IN_ALL)
+def test_muon_in_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kind: str, name: str) -> None:
+    compare(pool, alone, muon_case(kind, name, "fp32"), name, "fp32")
+
+
+def test_muon_beside_frozen_parameters(pool: Pool, alone: Alone) -> None:
+    """A stage without a matrix to train; and in the other, one matrix fewer."""
+    case, frozen = muon_case("softmax", "pp2", "fp64"), ("layers.[01].*", "embedding.*", "layers.3.mixer.q.weight")
+    compare(pool, alone, case, "pp2", "fp64", frozen=frozen)
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,12 @@ def cells(kind: str, *names: str) -> list[str]:
     return [f"{MATRIX}[{kind}-{name}]" for name in names]
 
 
+MUON = [
+    "tests/parallel/test_muon.py::test_a_matrix_that_is_cut_gets_the_update_of_the_whole_one[shares in pieces]",
+    "tests/conformance/test_layouts.py::test_muon_in_a_layout_equals_one_process[softmax-tp2 x fsdp2]",
+]
+
+
 FAULTS = [
     Fault(
         "decay slopes from the local head index",
@@ -163,6 +169,49 @@ FAULTS = [
         "parallel/spread.py",
         [("            placements[1] = Shard(dimension)\n", "            pass\n")],
         ["tests/conformance/test_layout_checkpoints.py"],
+    ),
+    Fault(
+        "Muon's iteration on a share of the matrix",
+        "parallel/muon.py",
+        [
+            (
+                "        matrix = self.holders.gather(pieces, shape, dimension)\n"
+                "        if self.holders.index < len(names):\n"
+                "            matrix = orthogonalise(matrix, self.ns_steps)\n"
+                "        return self.holders.hand_out(matrix, dimension)\n",
+                "        return torch.stack([orthogonalise(piece, self.ns_steps) for piece in pieces])\n",
+            )
+        ],
+        MUON,
+    ),
+    Fault(
+        "Muon's learning rate by the shape of a share",
+        "parallel/muon.py",
+        [
+            (
+                "learning_rate_factor(self.model.cuts.shapes[name], self.adjust_lr)",
+                "learning_rate_factor(local(self.model.parameters[name]).shape, self.adjust_lr)",
+            )
+        ],
+        MUON,
+    ),
+    Fault(
+        "Muon's update taken from one replica only",
+        "parallel/muon.py",
+        [("            dist.broadcast(tensor, group=self._replica_group, group_src=replica)\n", "            pass\n")],
+        ["tests/conformance/test_layouts.py::test_muon_in_a_layout_equals_one_process[lightning-hsdp2x2]"],
+    ),
+    Fault(
+        "Muon's momentum not resumed",
+        "trainer/checkpoint.py",
+        [("for key, value in state.items()\n", 'for key, value in state.items() if key != "momentum_buffer"\n')],
+        ["tests/conformance/test_layout_checkpoints.py::test_muon_continues_bit_for_bit"],
+    ),
+    Fault(
+        "Muon's momentum saved by a share as if it were whole",
+        "trainer/checkpoint.py",
+        [("value if value.ndim == 0 else model.whole(name, value)", "value")],
+        ["tests/conformance/test_layout_checkpoints.py::test_muon_continues_in_another_layout"],
     ),
     Fault(
         "gates of the local instead of the global heads",

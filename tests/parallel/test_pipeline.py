@@ -61,8 +61,9 @@ def test_every_stage_has_one_holder(schedule: Any) -> None:
 
 def blocks_run(schedule: Any) -> list[int]:
     """How many blocks ran, on this rank, in each of: step, evaluation, step, step, evaluation."""
-    model = build(Case("softmax"), ParallelConfig(pp=2, pp_schedule=schedule), "fp32")
-    updater = updater_of(model)
+    case = Case("softmax")
+    model = build(case, ParallelConfig(pp=2, pp_schedule=schedule), "fp32")
+    updater = updater_of(model, case)
     counts = [0]
 
     def count(*_: Any) -> None:

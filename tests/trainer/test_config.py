@@ -15,7 +15,7 @@ from parallel.processes import process_group, this_process
 from parallel.spread import Spread, spread
 from tests.trainer.runs import write_config
 from trainer.config import Config, Refused, ScheduleConfig, config_from_tables, load_config
-from trainer.optimizer import build_optimizer, frozen_names, learning_rate
+from trainer.optimizer import build_optimizer, frozen_names, learning_rate, set_learning_rate
 
 
 @pytest.fixture
@@ -69,7 +69,8 @@ def test_all_faults_come_at_once(path: Path) -> None:
     faults = refusal(
         path,
         *("--run.precision", "fp8", "--run.stop_at_step", "0", "--model.d_model", "wide", "--data.split", "[0.9, 0.2]"),
-        *("--optimizer.betas", "[0.9, 1.0]", "--schedule.steps", "-1", "--checkpoint.keep_last", "0"),
+        *("--optimizer.betas", "[0.9, 1.0]", "--optimizer.momentum", "1", "--optimizer.ns_steps", "0"),
+        *("--schedule.steps", "-1", "--checkpoint.keep_last", "0"),
         *("--mixers.softmax.num_heads", "many", "--feedforwards.swiglu.kind", "swigloo", "--metrics.sinks", "[]"),
     )
     for key in (
@@ -78,6 +79,8 @@ def test_all_faults_come_at_once(path: Path) -> None:
         "model.d_model",
         "data.split",
         "optimizer.betas",
+        "optimizer.momentum",
+        "optimizer.ns_steps",
         "schedule.steps",
         "checkpoint.keep_last",
         "mixers.softmax.num_heads",
@@ -164,6 +167,30 @@ def test_decay_is_for_matrices_only(path: Path) -> None:
     assert {"embedding.weight", "layers.0.mixer.q.weight", "head.weight"} <= groups[0.1]
     assert not [name for group in groups.values() for name in group if name.startswith("layers.1.")]
     assert not model.parameters["layers.1.mixer.q.weight"].requires_grad
+
+
+def test_muon_is_for_matrices_of_layers_only(path: Path) -> None:
+    changes = ["--model.bias", "true", "--optimizer.kind", "muon", "--optimizer.momentum", "0.9"]
+    config: Config = load_config(path, changes)
+    with alone(config) as model:
+        optimizer = build_optimizer(model, config.optimizer, frozen=["layers.1.mixer.*"])
+    names = {parameter: name for name, parameter in model.parameters.items()}
+    matrices, *others = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
+    assert matrices == {
+        *(f"layers.0.mixer.{name}.weight" for name in "qkvuo"),
+        *(f"layers.{index}.feedforward.{name}.weight" for index in (0, 1) for name in ("gate", "up", "down")),
+    }
+    beside = set().union(*others)
+    assert {"embedding.weight", "head.weight", "layers.0.mixer.lrpe.theta", "layers.0.feedforward.up.bias"} <= beside
+    assert not beside & matrices
+    assert not [name for name in beside if name.startswith("layers.1.mixer.")]
+    for parameter, name in names.items():
+        keys = (
+            {"momentum_buffer"} if name in matrices else {"step", "exp_avg", "exp_avg_sq"} if name in beside else None
+        )
+        assert (set(optimizer.state[parameter]) if parameter in optimizer.state else None) == keys, name
+    set_learning_rate(optimizer, 0.125)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.125}
 
 
 def test_patterns_that_freeze_nothing_or_everything_are_refused(path: Path) -> None:

@@ -146,6 +146,21 @@ def test_what_is_frozen_may_change_on_resume(pool: Pool, prefix: str, tmp_path: 
     assert "optimizer.head.weight.step" not in after
 
 
+def test_the_optimizer_may_change_on_resume(pool: Pool, prefix: str, tmp_path: Path) -> None:
+    """Matrices begin with a fresh momentum; what AdamW has updated all along goes on, and back again."""
+    run_dir = trained_anew(pool, tmp_path, prefix, "--run.stop_at_step", "4", world_size=2)
+    to_muon = ("--optimizer.kind", "muon", "--run.allow_change", "optimizer.kind")
+    trained_anew(pool, tmp_path, prefix, *to_muon, "--run.stop_at_step", "7", world_size=2)
+    middle = stored(run_dir, 7)
+    assert middle["optimizer.embedding.weight.step"] == 7
+    assert middle["optimizer.layers.0.mixer.q.weight.momentum_buffer"].abs().max() > 0
+    assert "optimizer.layers.0.mixer.q.weight.step" not in middle
+    trained_anew(pool, tmp_path, prefix, "--run.allow_change", "optimizer.kind", world_size=2)
+    after = stored(run_dir, 10)
+    assert after["optimizer.embedding.weight.step"] == 10
+    assert after["optimizer.layers.0.mixer.q.weight.step"] == 3
+
+
 def test_weights_from_another_run(pool: Pool, prefix: str, trained: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, prefix)
     begin_with(config, trained)
