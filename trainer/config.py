@@ -125,6 +125,8 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "metrics": MetricsConfig,
 }
+SHORTEST_NODE_TIMEOUT = 5.0
+"""Python itself may hold a process for seconds."""
 MODEL_SECTIONS = ("model", "mixers", "feedforwards")
 FREE_SECTIONS = ("run", "parallel", "checkpoint", "metrics")
 """Sections that may change when a run resumes."""
@@ -315,6 +317,13 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
             for key, least in (("every_steps", 0), ("keep_last", 1), ("keep_every", 0))
             if getattr(checkpoint, key) < least
         ]
+    if (parallel := sections["parallel"]) is not None and not (
+        parallel.node_timeout == 0 or parallel.node_timeout >= SHORTEST_NODE_TIMEOUT
+    ):
+        faults.append(
+            f"parallel.node_timeout = {parallel.node_timeout:g} must be at least {SHORTEST_NODE_TIMEOUT:g} (seconds), "
+            "or 0, which waits for ever."
+        )
     for name in ("data", "metrics"):
         if sections[name] is not None:
             faults += sections[name].faults()
