@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 REFUSED = 2
@@ -19,7 +20,7 @@ def run_folder(config: Path, overrides: Sequence[str]) -> str:
     Raises:
         ValueError: the file cannot be read, or says no run folder.
     """
-    for word, value in reversed(list(zip(overrides, [*overrides[1:], ""], strict=True))):
+    for word, value in reversed(list(zip_longest(overrides, overrides[1:], fillvalue=""))):
         if word.startswith("--run.dir="):
             return word.removeprefix("--run.dir=")
         if word == "--run.dir" and value:

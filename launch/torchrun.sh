@@ -90,19 +90,19 @@ stop() {
     [[ -n $agent ]] || exit 70
     local ranks
     ranks=$(cat "/proc/$agent/task/$agent/children" 2>/dev/null || true)
-    # shellcheck disable=SC2086  # a list of numbers
-    [[ -z $ranks ]] || kill -TERM $ranks 2>/dev/null || true
+    # shellcheck disable=SC2086  # a list of numbers; before there are ranks, torchrun itself
+    kill -TERM ${ranks:-$agent} 2>/dev/null || true
 }
 trap stop TERM USR1 INT
 
 "$python" -m launch.agent "${rendezvous[@]}" --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "$restarts" \
     -m trainer train "$@" &
 agent=$!
-code=0
-# A signal ends `wait` too; then it is waited for again.
-while kill -0 "$agent" 2>/dev/null; do
+while true; do
     code=0
     wait "$agent" || code=$?
+    # A signal ends `wait` too; then it is waited for again.
+    kill -0 "$agent" 2>/dev/null || break
 done
 [[ $code != 0 && $code != 2 ]] || exit "$code"
 

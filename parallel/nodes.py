@@ -36,7 +36,7 @@ class Node:
 
     def __str__(self) -> str:
         first, last = self.ranks[0], self.ranks[-1]
-        ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+        ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
         return f"node {self.index} (host {self.host}, address {self.address}, {ranks})"
 
 

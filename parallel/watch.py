@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +171,7 @@ class NodeWatch:
         answered, told = self._told(ours)
         if not answered:
             # The store is on the first node, and gone with it; or, on that node itself, with the agent there.
-            told = ours if self.here == 0 else _verdict(0, _closed(error))
+            told = ours if self.here == 0 else _verdict(0, "does not answer: it, or torchrun on it, has ended")
         if told is None or told["node"] == self.here:
             return None
         return self._loss(told["node"], told["what"])
@@ -231,9 +232,9 @@ def _texts(error: BaseException) -> str:
 
 
 def _network_error(error: BaseException) -> str:
-    """The first line of what the network library said."""
+    """The first sentence of what the network library said, without the place in its source that gloo puts before."""
     said = next((str(link) for link in _chain(error) if _is_of_network_itself(link)), str(error))
-    return said.splitlines()[0].split(". ")[0] if said else type(error).__name__
+    return re.sub(r"^\[\S*gloo/\S*\] ", "", said).split(". ")[0].split("\n")[0]
 
 
 def _is_of_network(error: BaseException) -> bool:

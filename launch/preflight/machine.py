@@ -13,6 +13,7 @@ from pathlib import Path
 from parallel.nodes import address_towards, interface_address
 
 ROOT = Path(__file__).resolve().parents[2]
+IFF_UP = 1
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch")
 
 
@@ -46,14 +47,15 @@ def own_place(interface: str, master: str) -> tuple[str, str, list[str]]:
     faults = []
     if ipaddress.ip_address(address).is_loopback:
         faults.append(f"the network interface {interface} ({address}) leads to this machine alone: {there}.")
-    elif _state(interface) == "down":
-        faults.append(f"the network interface {interface} ({address}) is down: {there}.")
+    elif not _is_up(interface):
+        faults.append(f"the network interface {interface} ({address}) is switched off: {there}.")
     return interface, address, faults
 
 
-def _state(interface: str) -> str:
-    path = Path("/sys/class/net") / interface / "operstate"
-    return path.read_text().strip() if path.is_file() else "unknown"
+def _is_up(interface: str) -> bool:
+    """As Linux says it; whether there is a cable in it shows when others are tried."""
+    flags = Path("/sys/class/net") / interface / "flags"
+    return not flags.is_file() or bool(int(flags.read_text(), 16) & IFF_UP)
 
 
 def versions() -> dict[str, str]:
