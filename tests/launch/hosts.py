@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -140,9 +140,9 @@ def torchrun(hosts: Sequence[Host], processes: int, config: Path, *overrides: st
     ]
 
 
-def wait_for(happened: Iterator[bool], seconds: float, what: str) -> None:
-    """Look every tenth of a second until it has; fails if it does not."""
+def wait_until(happened: Callable[[], bool], seconds: float, what: str) -> None:
+    """Look every tenth of a second; fails if it does not happen."""
     deadline = time.monotonic() + seconds
-    while not next(happened):
-        assert time.monotonic() < deadline, f"{what} has not happened within {seconds} s"
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.1)
