@@ -45,7 +45,7 @@ def _give_up() -> None:
     # The main thread may hang in a file system or a name service, and cannot be asked to end.
     print(
         f"The preflight has not ended within {SECONDS:g} s: the name service or the file system of the run folder does "
-        "not answer here.",
+        "not answer here, or the nodes were started too far apart.",
         file=sys.stderr,
         flush=True,
     )

@@ -28,6 +28,10 @@ from launch.preflight.reach import LONGEST_LINE, Unreachable, connect, receive, 
 
 SECONDS_TO_LOOK = SECONDS_TO_APPEAR + 4.0
 SECONDS_BETWEEN_TRIES = 0.3
+SECONDS_OF_A_VISIT = 26.0
+"""Altogether, from a node's start."""
+SECONDS_OF_SILENCE = 5.0
+"""Of a master that speaks every second."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,10 @@ class Master:
         deadline = time.monotonic() + s.seconds
         while missing := [rank for rank in range(1, s.nodes) if rank not in self.visitors]:
             if time.monotonic() > deadline:
-                ranks = ", ".join(map(str, missing))
                 self.faults.append(
                     f"{len(missing)} of {s.nodes} nodes have not come to {s.master} port {s.port} within {s.seconds:g} "
-                    f"s: node rank {ranks}. Start them at the same time; one that is started says itself what stops it."
+                    f"s: node rank {_ranks(missing)}. Start them at the same time; one that is started says itself "
+                    "what stops it."
                 )
                 return
             for visitor in list(self.visitors.values()):
@@ -191,6 +195,10 @@ class Master:
             return [
                 f"{visitor.name} has not answered after it had come: its preflight has ended, or the network fails."
             ]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _place(hello: dict[str, Any]) -> dict[str, Any]:
@@ -257,34 +265,39 @@ async def look(settings: Settings, what: dict[str, Any]) -> list[str]:
 async def _visit(settings: Settings, hello: dict[str, Any]) -> list[str]:
     """What a node other than the first finds, and hears from the first."""
     s, own = settings, list(hello["faults"])
-    deadline = time.monotonic() + s.seconds
+    began = time.monotonic()
     while True:
         try:
             reader, writer = await connect(s.master, s.port)
             break
         except Unreachable as why:
-            if why.lasting or time.monotonic() > deadline:
+            if why.lasting or time.monotonic() > began + s.seconds:
                 return [*own, f"{s.name}: the master cannot be reached. {why}"]
         await asyncio.sleep(SECONDS_BETWEEN_TRIES)
+    waiting_for: list[int] = []
+    patience = SECONDS_OF_SILENCE
+    left = 0.0
     try:
         await send(writer, hello)
         while True:
-            message = await receive(reader, SECONDS_TO_LOOK + 2)
+            left = began + SECONDS_OF_A_VISIT - time.monotonic()
+            message = await receive(reader, min(left, patience))
+            waiting_for = message.get("waiting_for", [])
             if "look" in message:
                 await send(writer, {"faults": await look(s, message["look"])})
+                patience = SECONDS_TO_LOOK + 2
             if "verdict" in message:
                 return message["verdict"]
     except TimeoutError:
-        return [
-            *own,
-            f"{s.name}: at {s.master} port {s.port} something answers that is no preflight of Headway. "
-            "Another program has the port: give another master port on all nodes.",
-        ]
+        if waiting_for and left < patience:
+            what = f"node 0 at {s.master} port {s.port} still waits for node rank {_ranks(waiting_for)}. Start all "
+            what += "nodes at the same time."
+        else:
+            what = f"at {s.master} port {s.port} something answers that is no preflight of Headway, or stands still. "
+            what += "If another program has the port, give another master port on all nodes."
     except (ValueError, KeyError, OSError):
-        return [
-            *own,
-            f"{s.name}: {s.master} port {s.port} ended the connection: the preflight of node 0 was ended, or "
-            "another program has the port.",
-        ]
+        what = f"{s.master} port {s.port} ended the connection: the preflight of node 0 was ended, or another program "
+        what += "has the port."
     finally:
         writer.close()
+    return [*own, f"{s.name}: {what}"]

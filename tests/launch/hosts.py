@@ -72,12 +72,18 @@ class Host:
         """Nothing comes or goes any more, and no connection is closed."""
         _ip("-n", self.name, "link", "set", INTERFACE, "down")
 
+    def add_interface(self, name: str) -> None:
+        """Another network interface, without an address."""
+        _ip("-n", self.name, "link", "add", name, "type", "veth", "peer", f"{name}-end")
+
     def drop(self, ports: str) -> None:
-        """A filter: packets that come for these TCP ports (`29500`, or `1024-65535`) vanish, and nobody is told."""
+        """A filter: packets that come for these TCP ports (`29500`, or `30000-65000`) vanish, and nobody is told."""
         # The rule that finds the machine's own addresses is the first, and has to make room.
         _ip("-n", self.name, "rule", "add", "pref", "10", "lookup", "local")
         _ip("-n", self.name, "rule", "del", "pref", "0")
-        _ip("-n", self.name, "rule", "add", "pref", "5", "ipproto", "tcp", "dport", ports, "blackhole")
+        _ip(
+            "-n", self.name, "rule", "add", "pref", "5", "iif", INTERFACE, "ipproto", "tcp", "dport", ports, "blackhole"
+        )
 
 
 @dataclass
