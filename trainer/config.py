@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -318,7 +319,7 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
             if getattr(checkpoint, key) < least
         ]
     if (parallel := sections["parallel"]) is not None and not (
-        parallel.node_timeout == 0 or parallel.node_timeout >= SHORTEST_NODE_TIMEOUT
+        parallel.node_timeout == 0 or SHORTEST_NODE_TIMEOUT <= parallel.node_timeout < math.inf
     ):
         faults.append(
             f"parallel.node_timeout = {parallel.node_timeout:g} must be at least {SHORTEST_NODE_TIMEOUT:g} (seconds), "
