@@ -15,7 +15,6 @@ command on each at the same time, with its own --node-rank. A setting is a flag 
   --port P           MASTER_PORT    a free port of node 0 (29500)
   --processes P      PROCESSES      processes on each node (one for each GPU, or 1 without)
   --interface NAME   INTERFACE      network interface (the one on the way to the master)
-  --restarts N       RESTARTS       how often all ranks are started anew after a failure (0)
   --wait SECONDS     WAIT           how long the preflight waits for the other nodes (15, the most)
                      PYTHON         the Python to use (python)
 
@@ -32,7 +31,7 @@ refuse() {
 }
 
 nodes=${NODES:-1} node_rank=${NODE_RANK:-} master=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
-interface=${INTERFACE:-} restarts=${RESTARTS:-0} wait=${WAIT:-15} python=${PYTHON:-python}
+interface=${INTERFACE:-} wait=${WAIT:-15} python=${PYTHON:-python}
 # torchrun counts GPUs itself, and refuses where there is none.
 processes=${PROCESSES:-$([ -e /dev/nvidia0 ] && echo gpu || echo 1)}
 
@@ -42,7 +41,7 @@ while [[ ${1:-} == -* ]]; do
             usage
             exit 0
             ;;
-        --nodes | --node-rank | --master | --port | --processes | --interface | --restarts | --wait)
+        --nodes | --node-rank | --master | --port | --processes | --interface | --wait)
             [[ $# -ge 2 ]] || refuse "$1 has no value; see launch/torchrun.sh --help."
             name=${1#--}
             printf -v "${name/-/_}" '%s' "$2"
@@ -75,11 +74,10 @@ else
     read -r interface address <<<"$found"
     # gloo and NCCL would guess, by the host's name or the first interface that they see.
     [[ -z $interface ]] || export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME="=$interface"
-    # c10d, since torchrun cannot start ranks anew with the static rendezvous. It has to be told who is the host, and
-    # under which address this node is known: it would go by host names.
+    # Static: node 0 is the one that was said to be. By the c10d rendezvous nodes are numbered in the order of their
+    # names. Neither starts ranks anew on several nodes, so no restarts are asked for: the same command goes on.
     rendezvous=(
-        --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id headway
-        --rdzv-conf "is_host=$([[ $node_rank == 0 ]] && echo 1 || echo 0)" --local-addr "$address"
+        --master-addr "$master" --master-port "$port" --node-rank "$node_rank" --local-addr "$address"
     )
 fi
 
@@ -95,7 +93,7 @@ stop() {
 }
 trap stop TERM USR1 INT
 
-"$python" -m launch.agent "${rendezvous[@]}" --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "$restarts" \
+"$python" -m launch.agent "${rendezvous[@]}" --nnodes "$nodes" --nproc-per-node "$processes" \
     -m trainer train "$@" &
 agent=$!
 while true; do

@@ -90,6 +90,6 @@ def test_the_run_folder_is_the_one_that_training_takes(tmp_path: Path) -> None:
         run_folder(config, [])
 
 
-@pytest.mark.parametrize(("codes", "expected"), [([0], 0), ([70], 70), ([-15, 2], 2), ([-9, 0], 70), ([1], 70)])
+@pytest.mark.parametrize(("codes", "expected"), [([70], 70), ([-15, 2], 2), ([-9, 70], 70), ([1], 70)])
 def test_the_ending_of_ranks(codes: list[int], expected: int) -> None:
     assert ending(codes) == expected

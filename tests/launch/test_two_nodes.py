@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from model.folders import newest_complete
@@ -12,17 +13,11 @@ from trainer.metrics import read_metrics
 
 SECONDS_TO_START = 120
 SECONDS_TO_END = 60
-NODES = (
-    r"node 0 (host {host}, address 10.77.0.1, {ranks})",
-    r"node 1 (host {host}, address 10.77.0.2, {ranks})",
-)
 
 
-def node_named(index: int, ranks: str) -> str:
+def node_named(index: int, host: Host, ranks: str) -> str:
     """How messages call a node."""
-    import socket
-
-    return f"node {index} (host {socket.gethostname()}, address 10.77.0.{index + 1}, {ranks})"
+    return f"node {index} (host {socket.gethostname()}, address {host.address}, {ranks})"
 
 
 def start(hosts: list[Host], processes: int, config: Path, steps: int) -> list[Started]:
@@ -58,7 +53,7 @@ def test_two_nodes_repeat_one_and_a_killed_node_ends_the_other(
 
     two_hosts[1].kill_all()
     assert runs[0].ends_within(SECONDS_TO_END) == 70
-    lost = node_named(1, "ranks 2-3") + " has closed its connections"
+    lost = node_named(1, two_hosts[1], "ranks 2-3") + " has closed its connections"
     assert lost in runs[0].said
     found = status(tmp_path / "run")
     assert found["state"] == "failed"
@@ -66,10 +61,12 @@ def test_two_nodes_repeat_one_and_a_killed_node_ends_the_other(
 
 
 def test_a_killed_first_node_ends_the_other_which_writes_the_status(two_hosts: list[Host], tmp_path: Path) -> None:
+    # Nodes are numbered as they are started, not in the order of their addresses.
+    two_hosts.reverse()
     runs = start(two_hosts, 1, endless(tmp_path, checkpoint={"every_steps": 2, "keep_last": 1}), steps=5)
     two_hosts[0].kill_all()
     assert runs[1].ends_within(SECONDS_TO_END) == 70
-    lost = node_named(0, "rank 0")
+    lost = node_named(0, two_hosts[0], "rank 0")
     assert lost in runs[1].said
     found = status(tmp_path / "run")
     assert found["state"] == "failed"
@@ -84,7 +81,7 @@ def test_a_pulled_cable_ends_both_nodes(two_hosts: list[Host], tmp_path: Path) -
     two_hosts[1].pull_the_cable()
     for run, other, rank in ((runs[0], 1, "rank 1"), (runs[1], 0, "rank 0")):
         assert run.ends_within(SECONDS_TO_END) == 70
-        assert f"{node_named(other, rank)} has given no sign of life for 8 seconds" in run.said
+        assert f"{node_named(other, two_hosts[other], rank)} has given no sign of life for 8 seconds" in run.said
     found = status(tmp_path / "run")
     assert found["state"] == "failed"
-    assert node_named(1, "rank 1") in found["reason"], "the first rank has the last word"
+    assert node_named(1, two_hosts[1], "rank 1") in found["reason"], "the first rank has the last word"
