@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SECONDS_TO_APPEAR = 4.0
+SECONDS_TO_APPEAR = 3.0
 """A network file system may show a new file late."""
 
 

@@ -31,7 +31,7 @@ def own_place(interface: str, master: str) -> tuple[str, str, list[str]]:
     """The interface and address by which other nodes reach this one, and what is wrong with them.
 
     Args:
-        interface: its name, or empty: then the one on the way to `master`.
+        interface: its name, or empty: then the one on the way to `master`, which is named also where this one is wrong.
     """
     found = interfaces()
     if not interface:
@@ -40,10 +40,10 @@ def own_place(interface: str, master: str) -> tuple[str, str, list[str]]:
         return name, address, []
     there = f"this machine has {listed(found)}"
     if interface not in found:
-        return interface, "", [f"there is no network interface {interface}: {there}."]
+        return interface, address_towards(master), [f"there is no network interface {interface}: {there}."]
     address = found[interface]
     if not address:
-        return interface, "", [f"the network interface {interface} has no IPv4 address: {there}."]
+        return interface, address_towards(master), [f"the network interface {interface} has no IPv4 address: {there}."]
     faults = []
     if ipaddress.ip_address(address).is_loopback:
         faults.append(f"the network interface {interface} ({address}) leads to this machine alone: {there}.")

@@ -30,7 +30,7 @@ SECONDS_TO_LOOK = SECONDS_TO_APPEAR + 4.0
 SECONDS_BETWEEN_TRIES = 0.3
 SECONDS_OF_A_VISIT = 26.0
 """Altogether, from a node's start."""
-SECONDS_OF_SILENCE = 5.0
+SECONDS_OF_SILENCE = 4.0
 """Of a master that speaks every second."""
 
 
@@ -160,9 +160,9 @@ class Master:
         while missing := [rank for rank in range(1, s.nodes) if rank not in self.visitors]:
             if time.monotonic() > deadline:
                 self.faults.append(
-                    f"{len(missing)} of {s.nodes} nodes have not come to {s.master} port {s.port} within {s.seconds:g} "
-                    f"s: node rank {_ranks(missing)}. Start them at the same time; one that is started says itself "
-                    "what stops it."
+                    f"after {s.seconds:g} s, of {s.nodes} nodes these are missing at {s.master} port {s.port}: node "
+                    f"rank {_ranks(missing)}. Start all at the same time; one that is started says itself what stops "
+                    "it."
                 )
                 return
             for visitor in list(self.visitors.values()):

@@ -8,7 +8,7 @@ import json
 import socket
 from typing import Any
 
-SECONDS_TO_CONNECT = 3.0
+SECONDS_TO_CONNECT = 2.5
 UNUSED_PORT = 1
 """tcpmux, which nothing serves: a machine that is there refuses it."""
 LONGEST_LINE = 1 << 20
