@@ -32,3 +32,5 @@ class ParallelConfig:
     """What backward computes again: nothing, all but linear maps and fused attention, or everything."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """What carries data parallelism."""
+    node_timeout: float = 30.0
+    """Seconds without a sign of life from another node after which the run ends and names it; 0: wait for ever."""

@@ -15,12 +15,14 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Process:
-    """One process of the run, as torchrun describes it (alone: rank 0 of 1)."""
+    """One process of the run, as torchrun describes it (alone: rank 0 of 1). `node` is its node's place of `nodes`."""
 
     rank: int
     local_rank: int
     world_size: int
     device_type: str
+    node: int = 0
+    nodes: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -38,6 +40,8 @@ def this_process() -> Process:
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         device_type="cuda" if torch.cuda.is_available() else "cpu",
+        node=int(os.environ.get("GROUP_RANK", 0)),
+        nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "metrics": MetricsConfig,
 }
+SHORTEST_NODE_TIMEOUT = 5.0
+"""Python itself may hold a process for seconds."""
 MODEL_SECTIONS = ("model", "mixers", "feedforwards")
 FREE_SECTIONS = ("run", "parallel", "checkpoint", "metrics")
 """Sections that may change when a run resumes."""
@@ -324,6 +327,13 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
             for key, least in (("every_steps", 0), ("keep_last", 1), ("keep_every", 0))
             if getattr(checkpoint, key) < least
         ]
+    if (parallel := sections["parallel"]) is not None and not (
+        parallel.node_timeout == 0 or SHORTEST_NODE_TIMEOUT <= parallel.node_timeout < math.inf
+    ):
+        faults.append(
+            f"parallel.node_timeout = {parallel.node_timeout:g} must be at least {SHORTEST_NODE_TIMEOUT:g} (seconds), "
+            "or 0, which waits for ever."
+        )
     for name in ("data", "metrics"):
         if sections[name] is not None:
             faults += sections[name].faults()

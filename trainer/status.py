@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.files import write_json
+from parallel.processes import Process
+from parallel.watch import LostNode
 
 State = Literal["running", "finished", "stopped", "preempted", "failed"]
 
 
 class Status:
-    """Kept by the first rank; on the others every method does nothing."""
+    """Kept by the first rank; on the others every method does nothing, unless one stands in for it."""
 
     def __init__(self, run_dir: Path, *, is_first: bool):
         self.run_dir, self.is_first = run_dir, is_first
@@ -36,6 +38,25 @@ class Status:
         with self._lock:
             facts = {"state": self.state, "step": self.step, "checkpoint": self.checkpoint, "reason": self.reason}
             write_json(self.run_dir / "status.json", facts)
+
+    def fail(self, process: Process, error: BaseException) -> None:
+        """Say that this process ends by `error`.
+
+        Where the first rank's node is the one that is lost, the first rank of the next node stands in for it.
+        """
+        if isinstance(error, LostNode) and error.index == 0 and process.node == 1 and process.local_rank == 0:
+            self._stand_in()
+        self.event("failed", step=self.step, reason=f"{type(error).__name__}: {error}")
+        self.set("failed", f"rank {process.rank}, step {self.step}: {type(error).__name__}: {error}")
+
+    def _stand_in(self) -> None:
+        try:
+            found = json.loads((self.run_dir / "status.json").read_text())
+        except (OSError, ValueError):
+            return
+        self.checkpoint = found["checkpoint"]
+        # A node that is cut off by itself believes that the first is lost; that one's own word counts.
+        self.is_first = found["state"] == "running"
 
     def event(self, name: str, **details: Any) -> None:
         """Append one line to `logs/events.jsonl`."""

@@ -65,6 +65,13 @@ def test_unknown_keys_name_the_nearest(path: Path) -> None:
     assert any("the nearest known key is mixers.softmax.num_heads" in fault for fault in faults)
 
 
+@pytest.mark.parametrize("seconds", ["3", "-1", "inf", "nan"])
+def test_a_node_is_given_some_seconds(path: Path, seconds: str) -> None:
+    (fault,) = refusal(path, "--parallel.node_timeout", seconds)
+    assert fault.startswith(f"parallel.node_timeout = {seconds} must be at least 5 (seconds)")
+    assert load_config(path, ["--parallel.node_timeout", "0"]).parallel.node_timeout == 0
+
+
 def test_all_faults_come_at_once(path: Path) -> None:
     faults = refusal(
         path,

@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.cli import REFUSED
+from trainer.cli import FAILED, REFUSED
 
 if TYPE_CHECKING:
     from parallel.processes import Process
+    from parallel.watch import LostNode, NodeWatch
     from trainer.config import Config
     from trainer.resume import Plan
     from trainer.signals import StopRequest
+    from trainer.status import Status
 
 
 def train(argv: list[str]) -> int:
@@ -71,8 +73,7 @@ def _plan(config: Config, process: Process) -> Plan:
 
 def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRequest) -> int:
     """With a process group: train by the agreed plan, and say how it ended."""
-    from trainer.loop import train as train_loop
-    from trainer.run import open_run
+    from parallel.watch import watch_nodes
     from trainer.status import Status
 
     if agreed.already_done:
@@ -82,6 +83,21 @@ def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRe
     config.data.samples = agreed.samples
     status = Status(Path(config.run.dir), is_first=process.is_first)
     status.checkpoint = agreed.resume_from.name if agreed.resume_from is not None else None
+
+    def say(loss: LostNode) -> None:
+        print(f"rank {process.rank}: {loss}", file=sys.stderr, flush=True)
+        status.fail(process, loss)
+
+    with watch_nodes(process, config.parallel.node_timeout, on_loss=say, exit_code=FAILED) as watch:
+        return _train_watched(config, agreed, process, stop, status, watch)
+
+
+def _train_watched(
+    config: Config, agreed: Plan, process: Process, stop: StopRequest, status: Status, watch: NodeWatch | None
+) -> int:
+    from trainer.loop import train as train_loop
+    from trainer.run import open_run
+
     try:
         with open_run(config, agreed, process, stop, status) as run:
             status.set("running")
@@ -93,8 +109,10 @@ def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRe
     except ValueError:
         raise
     except BaseException as error:
-        status.event("failed", step=status.step, reason=f"{type(error).__name__}: {error}")
-        status.set("failed", f"rank {process.rank}, step {status.step}: {type(error).__name__}: {error}")
+        loss = watch.explain(error) if watch is not None else None
+        status.fail(process, loss or error)
+        if loss is not None:
+            raise loss from error
         raise
     reason = {"finished": "all steps done", "stopped": "run.stop_at_step", "preempted": _preemption(stop)}[ending]
     status.event(ending, step=run.counters.step, reason=reason)
