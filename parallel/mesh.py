@@ -73,6 +73,11 @@ def stages_of_rank(layout: Layout, rank: int) -> list[int]:
     return [rank, second]
 
 
+def first_ranks(layout: Layout) -> list[int]:
+    """For each place in the pipeline the first of its ranks. The others hold no more than it: shares are rounded up."""
+    return list(range(0, layout.world_size, layout.world_size // layout.pp))
+
+
 def layout_faults(
     config: ParallelConfig,
     world_size: int,

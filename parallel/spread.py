@@ -157,6 +157,12 @@ class Spread:
         self.parameters = self._named_parameters()
         self.update_copies()
 
+    def allocate(self) -> None:
+        """Memory for what was built on the meta device, without values: for planning."""
+        for stage in self.stages:
+            stage.to_empty(device=self.device)
+        self.parameters = self._named_parameters()
+
     def freeze(self, names: set[str]) -> None:
         """Train all parameters but these, of the whole model's."""
         self.frozen = names
