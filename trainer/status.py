@@ -30,6 +30,20 @@ class Status:
         self.state, self.reason = state, reason
         self._write()
 
+    def fail(self, reason: str, *, is_cause: bool = False) -> None:
+        """Write that the run has failed, and why.
+
+        Args:
+            is_cause: this rank knows the cause: it is heard though it be not the first, and the first, which fails when
+                the other is gone, does not write over it.
+        """
+        path = self.run_dir / "status.json"
+        written = json.loads(path.read_text()) if path.is_file() else {}
+        if is_cause and not self.is_first:
+            write_json(path, written | {"state": "failed", "step": self.step, "reason": reason})
+        elif is_cause or written.get("state") != "failed":
+            self.set("failed", reason)
+
     def _write(self) -> None:
         if not self.is_first:
             return

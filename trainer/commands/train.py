@@ -72,6 +72,7 @@ def _plan(config: Config, process: Process) -> Plan:
 def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRequest) -> int:
     """With a process group: train by the agreed plan, and say how it ended."""
     from trainer.loop import train as train_loop
+    from trainer.planning.out_of_memory import OutOfMemory, explain, is_out_of_memory
     from trainer.run import open_run
     from trainer.status import Status
 
@@ -94,7 +95,12 @@ def _train_together(config: Config, agreed: Plan, process: Process, stop: StopRe
         raise
     except BaseException as error:
         status.event("failed", step=status.step, reason=f"{type(error).__name__}: {error}")
-        status.set("failed", f"rank {process.rank}, step {status.step}: {type(error).__name__}: {error}")
+        where = f"rank {process.rank}, step {status.step}"
+        if is_out_of_memory(error):
+            advice = explain(error, config, agreed.precision, process)
+            status.fail(f"{where}: {advice}", is_cause=True)
+            raise OutOfMemory(advice) from error
+        status.fail(f"{where}: {type(error).__name__}: {error}")
         raise
     reason = {"finished": "all steps done", "stopped": "run.stop_at_step", "preempted": _preemption(stop)}[ending]
     status.event(ending, step=run.counters.step, reason=reason)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from trainer.throughput import PEAK_FLOPS
@@ -106,7 +109,7 @@ def assume(
         raise ValueError(f"--device {device} is not known: take one of {', '.join(get_args(DeviceName))}.")
     name = device or this_machine()
     # Processes on a CPU share its memory, and talk through it.
-    found = DEVICES.get(name) or Device(_memory_here() / min(world_size, node_size), None, 1e9, 1e9)
+    found = DEVICES.get(name) or Device(memory_here() / min(world_size, node_size), None, 1e9, 1e9)
     return Assumptions(
         device=name,
         memory=found.memory,
@@ -121,8 +124,11 @@ def assume(
     )
 
 
-def _memory_here() -> float:
-    """Bytes of memory of this machine."""
-    import os
-
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_here() -> float:
+    """Bytes of memory that a process on this machine can have: all there is, or what a limit leaves."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS)[:1] if limit != resource.RLIM_INFINITY]
+    cgroup = Path("/sys/fs/cgroup/memory.max")
+    if cgroup.is_file() and (said := cgroup.read_text().strip()).isdigit():
+        limits.append(int(said))
+    return min(limits)

@@ -18,7 +18,8 @@ class Remedy:
     """Settings of `[parallel]` that lower a rank's memory.
 
     Attributes:
-        changes: key -> value. world_size: processes it is for. peak: bytes of the costliest rank.
+        changes: key -> value. world_size: processes it is for; more_processes: than there are.
+        peak: bytes of the costliest rank, where a plan was made.
     """
 
     changes: dict[str, Any]
@@ -59,7 +60,7 @@ def remedies(
 ) -> Iterator[Remedy]:
     """The first so many that do lower the peak from what it is `now`, each as soon as it is found."""
     for remedy in candidates(config, world_size):
-        peak = _peak(changed(config, remedy), remedy.world_size, precision, gloo)
+        peak = peak_of(changed(config, remedy), remedy.world_size, precision=precision, gloo=gloo)
         if peak < now:
             yield replace(remedy, peak=peak)
             count -= 1
@@ -75,7 +76,8 @@ def changed(config: Config, remedy: Remedy) -> Config:
     return found
 
 
-def _peak(config: Config, world_size: int, precision: str, gloo: bool) -> int:
+def peak_of(config: Config, world_size: int, *, precision: str, gloo: bool) -> int:
+    """Bytes of the costliest rank."""
     return max(rank.peak for rank in trace_pipeline(config, world_size, precision=precision, gloo=gloo))
 
 
