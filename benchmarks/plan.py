@@ -78,14 +78,14 @@ def train(settings: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
+    from model.batch import Batch
+    from model.objective import NextToken
     from parallel.mesh import build_mesh, resolve_layout
     from parallel.spread import spread
     from trainer.config import load_config
     from trainer.optimizer import build_optimizer
     from trainer.signals import StopRequest
     from trainer.step import Updater
-    from model.batch import Batch
-    from model.objective import NextToken
 
     config = load_config(Path(CONFIG), settings, world_size=dist.get_world_size())
     layout = resolve_layout(config.parallel, dist.get_world_size())
@@ -109,7 +109,9 @@ def train(settings: list[str]) -> int:
     for step in (1, 2):
         tokens = torch.randint(config.model.vocab_size, (2, n + 1))
         positions = torch.arange(n).repeat(2, 1)
-        batch = Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone(), torch.ones(2, n, dtype=torch.bool), None, positions)
+        batch = Batch(
+            tokens[:, :-1].clone(), tokens[:, 1:].clone(), torch.ones(2, n, dtype=torch.bool), None, positions
+        )
         share = 2 // layout.data_parallel
         updater.update(batch.rows(slice(mesh.data_rank * share, (mesh.data_rank + 1) * share)), step, lr=1e-4)
     return memory("VmHWM") - before
@@ -193,7 +195,10 @@ def main() -> int:
     print(f"{'layout':<24}{'rank':>5}{'planned':>10}{'held':>10}{'planned / held':>16}   MiB")
     for name in options.only or LAYOUTS:
         for row in compare(name):
-            print(f"{name:<24}{row['rank']:>5}{row['planned_mib']:>10}{row['held_mib']:>10}{row['ratio']:>16.3f}", flush=True)
+            print(
+                f"{name:<24}{row['rank']:>5}{row['planned_mib']:>10}{row['held_mib']:>10}{row['ratio']:>16.3f}",
+                flush=True,
+            )
             rows.append(row)
     record = {
         "benchmark": "plan",

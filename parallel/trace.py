@@ -1,8 +1,8 @@
 """What a step holds in memory and what it sends: counted on the real program, operation by operation.
 
-A `Trace` watches every operation that torch dispatches. On fake tensors (`torch._subclasses.FakeTensorMode`) and torch's
-`fake` process group that needs neither the memory nor the other processes; on real ones it counts the same. So there is
-no formula for a layer, and a user's own is counted as well as ours.
+A `Trace` watches every operation that torch dispatches. On fake tensors (torch's `FakeTensorMode`) and a process group
+of torch's kind `fake`, that needs neither the memory nor the other processes; on real ones it counts the same. So there
+is no formula for a layer, and a user's own is counted as well as ours.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ class Trace(TorchDispatchMode):
             self._resized(storage)
 
         # FSDP2 frees and takes memory so, which is no operation that is dispatched.
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize_
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -28,8 +28,8 @@ _ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 
 
 GLOO_COPIES = frozenset({"all-gather", "reduce-scatter"})
 """torch's gloo backend gathers into a flat buffer and copies from there (ProcessGroupGloo.cpp, AsyncAllgatherWork); it
-has no reduce-scatter, and sums a copy of the whole input by an all-reduce (reduce_scatter_tensor_coalesced). Either copy
-is as large as the whole message, and torch dispatches nothing for it."""
+has no reduce-scatter, and sums a copy of the whole input by an all-reduce (reduce_scatter_tensor_coalesced). Either
+copy is as large as the whole message, and torch dispatches nothing for it."""
 
 
 @dataclass(frozen=True)

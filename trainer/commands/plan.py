@@ -75,8 +75,8 @@ def plan(argv: list[str]) -> int:
     found = forecast(config, arguments.world, assumptions)
     helping = []
     if found.fits is False:
-        kinds = {"precision": found.precision, "gloo": not assumptions.on_gpu}
-        helping = list(remedies(config, arguments.world, **kinds, now=found.costliest.peak))
+        now, gloo = found.costliest.peak, not assumptions.on_gpu
+        helping = list(remedies(config, arguments.world, now=now, precision=found.precision, gloo=gloo))
     if arguments.json:
         print(json.dumps(as_data(found, helping)))
     else:
@@ -111,9 +111,9 @@ def _check(arguments: Arguments) -> None:
         if (value := getattr(arguments, name)) is not None and (value < least or value <= 0)
     ]
     faults += [
-        f"--{name.replace('_', '-')} {value} is a part of a whole: between {'0' if name == 'overlap' else 'above 0'} and 1."
-        for name in ("attained", "links_attained", "overlap")
-        if not 0 <= (value := getattr(arguments, name)) <= 1 or (value == 0 and name != "overlap")
+        f"--{name.replace('_', '-')} {value} must be {'from' if least else 'above'} 0, and at most 1, the whole."
+        for name, least in (("attained", False), ("links_attained", False), ("overlap", True))
+        if not 0 <= (value := getattr(arguments, name)) <= 1 or (value == 0 and not least)
     ]
     if arguments.reserve is not None and arguments.reserve < 0:
         faults.append(f"--reserve {arguments.reserve} must not be negative.")

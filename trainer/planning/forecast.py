@@ -131,7 +131,7 @@ def rank_time(config: Config, layout: Layout, rank: RankTrace, assumptions: Assu
 
 
 def bubble(layout: Layout) -> float:
-    """Idle time of a pipeline as a part of the busy time: (pp - 1) / (microbatches x stages a rank), and none under zbv.
+    """Idle time of a pipeline as a part of the busy time: (pp - 1) / (microbatches x stages a rank); none under zbv.
 
     Source: arXiv 2104.04473, section 2.2; for zbv, arXiv 2401.10241, whose backward in two halves fills the gaps.
     """

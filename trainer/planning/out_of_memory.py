@@ -46,13 +46,11 @@ def explain(error: BaseException, config: Config, precision: str, process: Proce
     parts = [f"Memory has ended: {_first_line(error)}", _observed(process)]
     if planned is not None:
         parts.append(f"A plan of this layout says {planned / GIB:.2f} GiB of tensors for the rank that holds most.")
-    else:
-        parts.append(f"No plan of this layout could be made ({trouble}).")
-    if len(found) < COUNT:
-        # Those that were not reached are named without a figure.
+    if trouble:
+        parts.append(f"The plan is not complete: {trouble}.")
         known = [remedy.changes for remedy in found]
         others = (remedy for remedy in candidates(config, process.world_size) if remedy.changes not in known)
-        found += [] if planned is not None and not trouble else islice(others, COUNT - len(found))
+        found += islice(others, COUNT - len(found))
     if found:
         parts.append("Less is needed with " + "; or ".join(remedy.sentence() for remedy in found) + ".")
     return " ".join(parts)
@@ -67,7 +65,9 @@ def _observed(process: Process) -> str:
     """What this rank held, and what there is."""
     if process.device_type == "cuda":
         held, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-        return f"Rank {process.rank} had {held / GIB:.2f} GiB of tensors at its peak, on a GPU of {there / GIB:.2f} GiB."
+        return (
+            f"Rank {process.rank} had {held / GIB:.2f} GiB of tensors at its peak, on a GPU of {there / GIB:.2f} GiB."
+        )
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return (
         f"Rank {process.rank} held {held / GIB:.2f} GiB at its peak, the interpreter among them; "
@@ -93,7 +93,7 @@ def _ask_for_plan(
             try:
                 if other.wait(seconds):
                     complaint.seek(0)
-                    trouble = (complaint.read().strip().splitlines() or ["it ended"])[-1]
+                    trouble = (complaint.read().strip().splitlines() or ["its process ended"])[-1].rstrip(".")
             except subprocess.TimeoutExpired:
                 other.kill()
                 other.wait()

@@ -109,7 +109,7 @@ def trace_step(config: Config, layout: Layout, *, precision: str, fake: bool, gl
             marks = _update(config, model, optimizer, batch, trace)
     more = layout.microbatches - traced.microbatches
     memory = trace.memory()
-    memory["rest"] += more * _size(batch) // traced.microbatches
+    memory["rest"] += more * (_size(batch) // traced.microbatches + _buffers(model, rows, config.data.seq_len))
     traffic = marks.with_more(trace.traffic, more, mesh)
     return RankTrace(mesh.rank("pp"), _layers(model), memory, _by_dimension(traffic, mesh), *_flops(config, model))
 
@@ -118,9 +118,12 @@ def _few_microbatches(layout: Layout) -> Layout:
     """No more micro-batches than there have to be: each further one holds and sends what the one before did.
 
     Without a pipeline the second finds gradients of the first, and so do all that follow. A pipeline is full with one
-    for each stage.
+    for each stage; as many again, and all its stages have gradients while it is. (Under zbv every further one leaves
+    something behind, by what has been seen: there all are traced.)
     """
-    return replace(layout, microbatches=min(layout.microbatches, 2 * layout.pp))
+    if layout.pp > 1 and layout.pp_schedule == "zbv":
+        return layout
+    return replace(layout, microbatches=min(layout.microbatches, 2 * layout.num_stages))
 
 
 @contextmanager
@@ -139,15 +142,23 @@ def _fake_world(rank: int, world_size: int) -> Iterator[None]:
 def _batch(config: Config, rows: int) -> Batch:
     """As many rows as a rank has; what is in them does not matter."""
     shape = (rows, config.data.seq_len)
-    ids = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "targets", "documents", "positions")}
-    if not config.data.isolate_documents:
-        ids["documents"] = None  # type: ignore[assignment]
-    return Batch(**ids, counted=torch.ones(shape, dtype=torch.bool))
+    tokens, targets, documents, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+    counted = torch.ones(shape, dtype=torch.bool)
+    return Batch(tokens, targets, counted, documents if config.data.isolate_documents else None, positions)
 
 
 def _size(batch: Batch) -> int:
     """Bytes."""
     return sum(x.numel() * x.itemsize for x in vars(batch).values() if x is not None)
+
+
+def _buffers(model: Spread, rows: int, n: int) -> int:
+    """Bytes that torch's pipelines keep for each micro-batch: for what every stage receives, forward and backward."""
+    if model.pipeline is None:
+        return 0
+    received = sum((not stage.is_first) + (not stage.is_last) for stage in model.pipeline.stages)
+    stream = model.pipeline.residual(rows, n)
+    return received * stream.numel() * stream.itemsize
 
 
 def _find_shapes(optimizer: torch.optim.Optimizer) -> None:
@@ -165,6 +176,7 @@ def _find_shapes(optimizer: torch.optim.Optimizer) -> None:
 
 def _update(config: Config, model: Spread, optimizer: torch.optim.Optimizer, batch: Batch, trace: Trace) -> _Marks:
     """The step itself, as the training loop takes it. The trace is told what the tensors are."""
+    trace.own("rest", vars(batch).values())
     trace.own("parameters", (p for stage in model.stages for p in stage.parameters()))
     trace.own("optimizer", (x for state in optimizer.state.values() for x in state.values()))
     optimizer.register_step_pre_hook(lambda *_: trace.own("gradients", (p.grad for p in model.parameters.values())))
@@ -213,7 +225,8 @@ class _Marks:
             times = more / mesh.layout.microbatches
             return _add(sums, before, {key: x for key, x in after.items() if key[1] not in fixed}, times)
         # From the loss of the first to that of the second lie one backward and one forward.
-        return _add(sums, *self.at_losses[:2], more)
+        first, second = self.at_losses[:2]
+        return _add(sums, first, second, more)
 
 
 def _add(sums: Sums, before: Sums, after: Sums, times: float) -> Sums:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -45,9 +46,8 @@ def show(plan: Forecast, remedies: list[Remedy]) -> None:
     """Print it."""
     console = Console(highlight=False)
     layout = plan.layout
-    factors = " x ".join(
-        f"{name} {size}" for name in ("dp_replicate", "dp_shard", "pp", "cp", "tp") if (size := getattr(layout, name)) > 1
-    )
+    names = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
+    factors = " x ".join(f"{name} {size}" for name in names if (size := getattr(layout, name)) > 1)
     console.print(
         f"{plan.parameters:,} parameters on {layout.world_size} x {plan.assumptions.device}"
         f"{', ' + factors if factors else ''}; {plan.precision}, microbatches {layout.microbatches}, "
@@ -69,10 +69,9 @@ def gib(size: float) -> str:
 
 
 def _memory_table(plan: Forecast) -> Table:
-    table = Table(title="memory of a rank at its peak, GiB")
-    table.add_column("pipeline rank")
-    for name in ("blocks", *CATEGORIES, "peak"):
-        table.add_column(name, justify="right")
+    table = Table(title="memory of a rank at its peak, GiB", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("pp rank", "blocks", *CATEGORIES, "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
     for rank in plan.ranks:
         parts = [gib(rank.memory[name]) for name in CATEGORIES]
         table.add_row(str(rank.pp_rank), str(len(rank.layers)), *parts, gib(rank.peak))
@@ -91,16 +90,15 @@ def _verdict(plan: Forecast) -> str:
 
 
 def _traffic_table(plan: Forecast, rank: RankTrace) -> Table:
-    table = Table(title=f"messages of a rank in a step (pipeline rank {rank.pp_rank}, which sends most)")
-    table.add_column("along")
-    table.add_column("kind")
-    table.add_column("through")
+    title = f"messages of a rank in a step (pp rank {rank.pp_rank}, which sends most)"
+    table = Table("along", "kind", "through", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("count", "GiB sent", "seconds"):
         table.add_column(name, justify="right")
     for sent in rank.sent:
         through = "network" if leaves_node(sent, plan.assumptions) else "node"
         seconds = seconds_of(sent, plan.assumptions)
-        table.add_row(sent.dimension, sent.kind, through, f"{sent.count:,}", f"{sent.bytes_sent / GIB:.3g}", f"{seconds:.3g}")
+        figures = (f"{sent.count:,}", f"{sent.bytes_sent / GIB:.3g}", f"{seconds:.3g}")
+        table.add_row(sent.dimension, sent.kind, through, *figures)
     return table
 
 
