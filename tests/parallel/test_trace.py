@@ -38,13 +38,16 @@ def test_memory_that_is_resized_is_followed() -> None:
     with traced() as trace:
         a = block(4)
         a.untyped_storage().resize_(0)
-        b = block(3)
+        b = block(6)
+        assert trace.peak == 6 * KIB
         a.untyped_storage().resize_(4 * KIB)
-        assert trace.peak == 7 * KIB
-        del b
-        block(2)
-    assert trace.peak == 7 * KIB
-    assert trace.memory()["rest"] == 7 * KIB
+        assert trace.peak == 10 * KIB
+        a.untyped_storage().resize_(0)
+        c = block(3)
+    assert trace.peak == 10 * KIB
+    assert trace.memory()["rest"] == 10 * KIB
+    assert b is not None
+    assert c is not None
 
 
 def test_what_is_held_has_a_name() -> None:

@@ -92,12 +92,13 @@ def _verdict(plan: Forecast) -> str:
 def _traffic_table(plan: Forecast, rank: RankTrace) -> Table:
     title = f"messages of a rank in a step (pp rank {rank.pp_rank}, which sends most)"
     table = Table("along", "kind", "through", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("count", "GiB sent", "seconds"):
+    for name in ("count", "GiB sent", *(["seconds"] if plan.times else [])):
         table.add_column(name, justify="right")
     for sent in rank.sent:
         through = "network" if leaves_node(sent, plan.assumptions) else "node"
-        seconds = seconds_of(sent, plan.assumptions)
-        figures = (f"{sent.count:,}", f"{sent.bytes_sent / GIB:.3g}", f"{seconds:.3g}")
+        figures = [f"{sent.count:,}", f"{sent.bytes_sent / GIB:.3g}"]
+        if plan.times:
+            figures.append(f"{seconds_of(sent, plan.assumptions):.3g}")
         table.add_row(sent.dimension, sent.kind, through, *figures)
     return table
 
