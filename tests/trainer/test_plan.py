@@ -26,7 +26,7 @@ from trainer.planning.devices import GIB, assume
 from trainer.planning.forecast import bubble, forecast, precision_of, rank_time, seconds_of
 from trainer.planning.program import RankTrace, Sent, trace_pipeline, trace_step
 
-ROWS, N, D = 16, 32, 32
+ROWS, N, D = 24, 32, 32
 MODEL = {"d_model": D, "num_layers": 4, "vocab_size": 61, "pattern": ["softmax"]}
 SIZES = {"seq_len": N, "global_batch_size": ROWS}
 
@@ -181,7 +181,7 @@ def test_a_plan_is_what_a_real_step_does(name: str, hybrid: Path, pool: Pool) ->
 def test_few_microbatches_show_what_many_do(
     parallel: dict[str, Any], config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parallel = parallel | {"microbatches": 16 if parallel else 8}
+    parallel = parallel | {"microbatches": 12 if parallel else 4}
     few = traced(config_file, 2, **parallel)
     monkeypatch.setattr(program, "_few_microbatches", lambda layout: layout)
     many = traced(config_file, 2, **parallel)
@@ -191,10 +191,8 @@ def test_few_microbatches_show_what_many_do(
 
 
 def test_each_means_of_saving_saves(config_file: Path) -> None:
-    plain = traced(config_file, 2)[0]
     kept = [traced(config_file, 2, recompute=kind)[0].memory["activations"] for kind in ("none", "selective", "full")]
-    assert kept == sorted(kept, reverse=True)
-    assert kept[2] < kept[1] < kept[0] == plain.memory["activations"]
+    assert kept[2] < kept[1] < kept[0]
     assert traced(config_file, 2, microbatches=2)[0].memory["activations"] < 0.6 * kept[0]
     alone, tp = traced(config_file, 1)[0], traced(config_file, 2, tp=2)[0]
     for category in ("parameters", "optimizer"):
@@ -250,9 +248,9 @@ def test_a_step_takes_computing_waiting_the_bubble_and_what_does_not_hide(config
     assert bubble(layout) == 1 / 4
     assumed = assume("h100", 4, peak=1e12, attained=0.5, link=1e9, links_attained=1.0, overlap=0.75)
     sent = [Sent("dp_shard", "all-gather", 1, 4 * 10**9, [0, 1]), Sent("pp", "send", 1, 10**9, [0, 2])]
-    flops = 1e9  # a token: 3 times, for 8 rows of 32, at 0.5e12 a second
+    flops = 1e9  # a token: 3 times, for half of the rows, at 0.5e12 a second
     time = rank_time(config, layout, RankTrace(0, [0], {}, sent, flops, 0.0), assumed)
-    assert time.computing == pytest.approx(3e9 * 8 * N / 0.5e12)
+    assert time.computing == pytest.approx(3e9 * (ROWS // 2) * N / 0.5e12)
     assert (time.waiting, time.idle) == (1.0, pytest.approx((time.computing + 1.0) / 4))
     # 4 s of messages, of which 3 would hide, had one of the four micro-batches that much to compute.
     assert time.exposed == pytest.approx(4 - time.computing / 4)

@@ -30,7 +30,7 @@ class Device:
     network: float
 
 
-# Memory is what torch reports of the devices. Links are those of the makers' own servers, in one direction: NVLink, and
+# Memory is the nominal 32, 80 and 141 GB, less what a driver keeps. Links are those of the makers' own servers, in one direction: NVLink, and
 # a network adapter of 100, 200 or 400 Gbit/s for two GPUs (DGX-2) or for each (DGX A100, DGX H100). The V100 multiplies
 # no bf16: its peak is that of fp16.
 DEVICES: dict[str, Device] = {
