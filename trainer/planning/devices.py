@@ -30,9 +30,9 @@ class Device:
     network: float
 
 
-# Memory is the nominal 32, 80 and 141 GB, less what a driver keeps. Links are those of the makers' own servers, in one direction: NVLink, and
-# a network adapter of 100, 200 or 400 Gbit/s for two GPUs (DGX-2) or for each (DGX A100, DGX H100). The V100 multiplies
-# no bf16: its peak is that of fp16.
+# Memory is the nominal 32, 80 and 141 GB, less what a driver keeps. Links are those of the makers' own servers, in one
+# direction: NVLink, and a network adapter of 100, 200 or 400 Gbit/s for two GPUs (DGX-2) or for each (DGX A100, H100).
+# The V100 multiplies no bf16: its peak is that of fp16.
 DEVICES: dict[str, Device] = {
     "v100": Device(31.7 * GIB, 125e12, 150e9, 6.25e9),
     "a100": Device(79.1 * GIB, PEAK_FLOPS["A100"], 300e9, 25e9),
