@@ -151,7 +151,7 @@ _reaching: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Slopes -> (what was asked, the heads as index tensors): slopes stand on the device, and asking for them waits."""
 
 
-def _heads_by_distance(slopes_H: Tensor | None, state: Tensor, n: int, size: int, send_all: bool) -> list[Tensor]:
+def heads_by_distance(slopes_H: Tensor | None, state: Tensor, n: int, size: int, send_all: bool) -> list[Tensor]:
     """For 0, 1, ... pieces of n tokens in between: indices of the heads that are sent so far."""
     if slopes_H is None or send_all:
         return [torch.arange(state.shape[1], device=state.device)] * (size - 1)
@@ -192,7 +192,7 @@ def exchange_states(
     """
     process_group = _resolve_process_group(group)
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
-    heads = _heads_by_distance(slopes, state, n, size, send_all)
+    heads = heads_by_distance(slopes, state, n, size, send_all)
     before, behind = range(rank), range(rank + 1, size)
     sources, targets = (behind, before) if backwards else (before, behind)
 

@@ -76,6 +76,15 @@ def stages_of_rank(layout: Layout, rank: int) -> list[int]:
     return [rank, second]
 
 
+def costliest_ranks(layout: Layout) -> list[int]:
+    """For each place in the pipeline one of its ranks than which no other there holds more.
+
+    Shares of parameters are rounded up, so it is a first one, but of the pieces of a sequence it has the last, which
+    sees most keys.
+    """
+    return list(range((layout.cp - 1) * layout.tp, layout.world_size, layout.world_size // layout.pp))
+
+
 def layout_faults(
     config: ParallelConfig,
     world_size: int,
@@ -334,18 +343,18 @@ class Mesh:
 
 def build_mesh(layout: Layout, device_type: str) -> Mesh:
     """The meshes of a layout. Collective: every rank calls it."""
+    from torch.distributed import new_group
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     shape = tuple(getattr(layout, name) for name in names)
     whole = init_device_mesh(device_type, shape, mesh_dim_names=names)
     groups = {name: whole.get_group(name) for name in ("dp_replicate", "tp")}
-    if layout.cp == 1:
-        groups["shards"] = whole.get_group("dp_shard")
-    elif layout.dp_shard == 1:
-        groups["shards"] = whole.get_group("cp")
-    else:
-        groups["shards"] = whole["dp_shard", "cp"]._flatten("shards").get_group()
+    shards = whole["dp_shard"] if layout.cp == 1 else whole["dp_shard", "cp"]._flatten("shards")
+    groups["shards"] = shards.get_group()
+    if layout.cp > 1 and groups["shards"].group_name == whole.get_group("cp").group_name:
+        # All ranks, in both cases. FSDP gathers ahead while layers exchange, and must not wait in the same line.
+        groups["shards"] = new_group()
     # [dp_replicate, shards, tp]: those that have this one's stage.
     ranks = whole["dp_replicate", "dp_shard", "cp", "tp"].mesh.flatten(1, 2)
 

@@ -160,6 +160,17 @@ class Spread:
         self.parameters = self._named_parameters()
         self.update_copies()
 
+    def allocate(self) -> None:
+        """Memory for what was built on the meta device, without values: for planning."""
+        for stage in self.stages:
+            stage.to_empty(device=self.device)
+            # What is computed from the configuration alone (decay slopes) has values all the same: how many states
+            # cross a cut of the sequence depends on them.
+            with torch._subclasses.fake_tensor.unset_fake_temporarily():
+                for block in stage.layers.values():
+                    block.mixer.remake_buffers()
+        self.parameters = self._named_parameters()
+
     def freeze(self, names: set[str]) -> None:
         """Train all parameters but these, of the whole model's."""
         self.frozen = names

@@ -17,6 +17,7 @@ COMMANDS = {
     "data prepare": ("trainer.commands.data:prepare", "text, jsonl, parquet -> PREFIX.bin/.idx"),
     "data inspect": ("trainer.commands.data:inspect", "what a dataset holds"),
     "train": ("trainer.commands.train:train", "train; resumes by itself"),
+    "plan": ("trainer.commands.plan:plan", "is the layout legal, will it fit, how fast will it be"),
     "eval": ("trainer.commands.eval:evaluate", "loss, perplexity, bits per byte"),
     "generate": ("trainer.commands.generate:generate", "continue a prompt"),
     "convert to-hf": ("trainer.commands.convert:to_hf", "a model as a Hugging Face folder, checked"),

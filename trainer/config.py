@@ -179,12 +179,18 @@ class Config:
 
 
 def load_config(
-    path: Path, overrides: Sequence[str] = (), *, allow_code: bool = True, process: Process | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    allow_code: bool = True,
+    process: Process | None = None,
+    world_size: int | None = None,
 ) -> Config:
     """Read a TOML file, apply `--section.key VALUE` overrides, and check all that can be checked.
 
     Args:
         process: one that is to train by it: then the layout is checked too, and on the first rank the data's files.
+        world_size: of a run that is only thought of: then the layout is checked, and no file is looked for.
 
     Raises:
         Refused: listing every fault of the file and the overrides at once.
@@ -197,7 +203,7 @@ def load_config(
         raise Refused([f"{path} does not exist.{hint}"]) from None
     except tomllib.TOMLDecodeError as error:
         raise Refused([f"{path} is not TOML: {error}"]) from None
-    return config_from_tables(tables, overrides, allow_code=allow_code, process=process)
+    return config_from_tables(tables, overrides, allow_code=allow_code, process=process, world_size=world_size)
 
 
 def config_from_tables(
@@ -206,6 +212,7 @@ def config_from_tables(
     *,
     allow_code: bool = True,
     process: Process | None = None,
+    world_size: int | None = None,
 ) -> Config:
     """As `load_config`, from tables already read (which are not changed)."""
     tables = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
@@ -222,8 +229,9 @@ def config_from_tables(
     sections = {name: build(cls, name, tables.get(name, {}), faults) for name, cls in SECTIONS.items()}
     model, architecture = build_architecture(tables, faults, allow_code=allow_code)
     faults += _section_faults(sections, model)
-    if process is not None:
-        faults += _layout_faults(sections, architecture, process.world_size)
+    world_size = process.world_size if process is not None else world_size
+    if world_size is not None:
+        faults += _layout_faults(sections, architecture, world_size)
     in_files = _file_faults(sections["data"], model) if process is not None and process.is_first else []
     if faults or in_files:
         raise Refused(faults + in_files, seen_by_all=bool(faults))

@@ -20,6 +20,9 @@ class Status:
 
     def __init__(self, run_dir: Path, *, is_first: bool):
         self.run_dir, self.is_first = run_dir, is_first
+        self._path = run_dir / "status.json"
+        # Of an earlier start, perhaps.
+        self._found = self._written()
         self.step = 0
         self.checkpoint: str | None = None
         self.state: State = "running"
@@ -37,26 +40,37 @@ class Status:
             return
         with self._lock:
             facts = {"state": self.state, "step": self.step, "checkpoint": self.checkpoint, "reason": self.reason}
-            write_json(self.run_dir / "status.json", facts)
+            write_json(self._path, facts)
 
-    def fail(self, process: Process, error: BaseException) -> None:
+    def fail(self, process: Process, error: BaseException, *, is_cause: bool = False) -> None:
         """Say that this process ends by `error`.
 
         Where the first rank's node is the one that is lost, the first rank of the next node stands in for it.
+
+        Args:
+            is_cause: this rank knows the cause: it is heard though it be not the first, and the first, which fails when
+                the other is gone, does not write over it.
         """
         if isinstance(error, LostNode) and error.index == 0 and process.node == 1 and process.local_rank == 0:
             self._stand_in()
         self.event("failed", step=self.step, reason=f"{type(error).__name__}: {error}")
-        self.set("failed", f"rank {process.rank}, step {self.step}: {type(error).__name__}: {error}")
+        reason = f"rank {process.rank}, step {self.step}: {type(error).__name__}: {error}"
+        written = self._written()
+        if is_cause and not self.is_first:
+            write_json(self._path, written | {"state": "failed", "step": self.step, "reason": reason})
+        elif is_cause or written == self._found or written.get("state") != "failed":
+            self.set("failed", reason)
+
+    def _written(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
 
     def _stand_in(self) -> None:
-        try:
-            found = json.loads((self.run_dir / "status.json").read_text())
-        except (OSError, ValueError):
-            return
-        self.checkpoint = found["checkpoint"]
         # A node that is cut off by itself believes that the first is lost; that one's own word counts.
-        self.is_first = found["state"] == "running"
+        if (found := self._written()).get("state") == "running":
+            self.checkpoint, self.is_first = found["checkpoint"], True
 
     def event(self, name: str, **details: Any) -> None:
         """Append one line to `logs/events.jsonl`."""

@@ -126,7 +126,7 @@ def exchanges_in_a_step(parallel: ParallelConfig) -> int:
         plain(*args, **kwargs)
 
     with patch.object(dist, "all_to_all_single", noting):
-        model.train(share_of(model, 1, isolated=False), updater_of(model).objective, 1.0)
+        model.train(share_of(model, 1, isolated=False), updater_of(model, case).objective, 1.0)
     return len(calls)
 
 

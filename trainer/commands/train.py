@@ -96,6 +96,7 @@ def _train_watched(
     config: Config, agreed: Plan, process: Process, stop: StopRequest, status: Status, watch: NodeWatch | None
 ) -> int:
     from trainer.loop import train as train_loop
+    from trainer.planning.out_of_memory import OutOfMemory
     from trainer.run import open_run
 
     try:
@@ -109,15 +110,27 @@ def _train_watched(
     except ValueError:
         raise
     except BaseException as error:
-        loss = watch.explain(error) if watch is not None else None
-        status.fail(process, loss or error)
-        if loss is not None:
-            raise loss from error
-        raise
+        cause = _cause(error, config, agreed, process, watch)
+        status.fail(process, cause, is_cause=isinstance(cause, OutOfMemory))
+        if cause is error:
+            raise
+        raise cause from error
     reason = {"finished": "all steps done", "stopped": "run.stop_at_step", "preempted": _preemption(stop)}[ending]
     status.event(ending, step=run.counters.step, reason=reason)
     status.set(ending, reason)
     return 0
+
+
+def _cause(
+    error: BaseException, config: Config, agreed: Plan, process: Process, watch: NodeWatch | None
+) -> BaseException:
+    """What is behind an error: memory that has ended, a node that is lost, or itself."""
+    from trainer.planning.out_of_memory import OutOfMemory, explain, is_out_of_memory
+
+    if is_out_of_memory(error):
+        error = OutOfMemory(explain(error, config, agreed.precision, process))
+    loss = None if watch is None else watch.explain(error)
+    return loss or error
 
 
 def _preemption(stop: StopRequest) -> str:
