@@ -7,7 +7,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    _is_compiling,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import parallel.context  # noqa: F401  (registers the operator that is kept)
 from model.stack import Model
@@ -33,6 +40,37 @@ def _policy(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class _OnlyKept:
+    """Lets torch's bookkeeping see the operations that are kept, and no others.
+
+    It counts all of them, and refuses when backward runs others than forward did. FSDP does, inside of blocks: for
+    parameters that stay fp32 it has hooks there, which gather in the first place and find gathered in the second.
+    """
+
+    kept: set[Any]
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in self.kept or _is_compiling(op, args, kwargs or {}):
+            return super().__torch_dispatch__(op, types, args, kwargs)  # type: ignore[misc]
+        return op(*args, **(kwargs or {}))
+
+
+class _Keeping(_OnlyKept, _CachingTorchDispatchMode):
+    """Forward: results are kept."""
+
+
+class _Giving(_OnlyKept, _CachedTorchDispatchMode):
+    """Recomputation: what was kept is given."""
+
+
+def _contexts(kept: set[Any]) -> tuple[Any, Any]:
+    """What `checkpoint` enters around forward, and around the recomputation of it."""
+    modes = create_selective_checkpoint_contexts(partial(_policy, kept))
+    for mode, kind in zip(modes, (_Keeping, _Giving), strict=True):
+        mode.__class__, mode.kept = kind, kept
+    return modes
+
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -43,7 +81,7 @@ def recompute_blocks(model: Model, kind: Recompute) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     kept = _KEPT if kind == "selective" else _CROSSED if model.cut.size > 1 else None
     if kept is not None:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
+        options["context_fn"] = partial(_contexts, kept)
     for block in model.layers.values():
         block.forward = _recomputed(block.forward, options)
 

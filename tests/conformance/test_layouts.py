@@ -223,6 +223,21 @@ def test_bf16_stays_near_and_keeps_fp32_masters(pool: Pool, alone: Alone, kind: 
         assert {value.dtype for value in merged(results, what).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("parallel", [{}, {"cp": 2}], ids=["fsdp2", "cp2"])
+def test_recomputation_in_bf16_changes_nothing(pool: Pool, parallel: dict[str, Any]) -> None:
+    """Parameters that stay fp32 have hooks of their own inside of the blocks, and those run twice, differently."""
+    case = Case("lightning", num_layers=2)
+    found = {
+        recompute: pool.run(two_steps, 2, case, ParallelConfig(recompute=recompute, **parallel), "bf16")[0]
+        for recompute in ("none", "selective", "full")
+    }
+    for recompute in ("selective", "full"):
+        assert found[recompute]["losses"] == found["none"]["losses"]
+        assert found[recompute]["norms"] == found["none"]["norms"]
+        for name, value in found["none"]["parameters"].items():
+            assert torch.equal(found[recompute]["parameters"][name], value), name
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(("kind", "name"), [("softmax", "tp2"), ("lightning", "tp2 x pp2"), ("lightning", "cp2")])
 def test_compiled_blocks_the_second_time_too(pool: Pool, alone: Alone, tmp_path: Path, kind: str, name: str) -> None:
