@@ -55,6 +55,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp2, full": (2, parallel(pp=2, microbatches=2, recompute="full")),
     "tp2 x pp2": (4, parallel(tp=2, pp=2, microbatches=2)),
     "tp2 x fsdp2": (4, parallel(tp=2)),
+    "cp2": (2, parallel(cp=2)),
+    "cp2 x fsdp2": (4, parallel(cp=2)),
 }
 
 

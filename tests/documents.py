@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def presets_table() -> str:
     return _lines(rows)
 
 
+@cache
 def layout_tables() -> dict[str, list[tuple[str, ...]]]:
     """Name -> rows of the tables of docs/layouts.md."""
     from tests.conformance.cells import tables

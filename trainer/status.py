@@ -58,7 +58,7 @@ class Status:
         written = self._written()
         if is_cause and not self.is_first:
             write_json(self._path, written | {"state": "failed", "step": self.step, "reason": reason})
-        elif is_cause or written == self._found or written.get("state") != "failed":
+        elif is_cause or isinstance(error, LostNode) or written.get("state") != "failed" or written == self._found:
             self.set("failed", reason)
 
     def _written(self) -> dict[str, Any]:
