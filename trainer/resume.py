@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from model.folders import check_files, newest_complete, read_manifest, step_of
+from model.settings import without_none
 from parallel.processes import Process
-from trainer.config import FREE_SECTIONS, Config, Refused
+from trainer.config import FREE_SECTIONS, SECTIONS, Config, Refused
 
 
 @dataclass
@@ -150,13 +151,24 @@ def _covers(allowed: str, key: str) -> bool:
 
 def config_changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """`key -> (was, is)` for every setting that differs outside the sections that may change."""
-    before, after = _flat(was), _flat(now)
+    before, after = _defaults() | _flat(was), _flat(now)
     keys = [key for key in before | after if key.split(".")[0] not in FREE_SECTIONS and key not in _NOT_COMPARED]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 # Where things lie is not what they are: the fingerprint compares the data itself.
 _NOT_COMPARED = {"data.train", "data.validation", "data.tokenizer", "data.cache_dir"}
+
+
+def _defaults() -> dict[str, Any]:
+    """What a key stood at before there was such a key: a checkpoint may be older than the code."""
+    found = {}
+    for section, cls in SECTIONS.items():
+        for key in fields(cls):
+            value = key.default if key.default_factory is MISSING else key.default_factory()
+            if value is not MISSING and value is not None:
+                found[f"{section}.{key.name}"] = without_none(value)
+    return found
 
 
 def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from parallel.spread import Spread, spread
 from tests.trainer.runs import write_config
 from trainer.config import Config, Refused, ScheduleConfig, config_from_tables, load_config
 from trainer.optimizer import build_optimizer, frozen_names, learning_rate, set_learning_rate
+from trainer.resume import config_changes
 
 
 @pytest.fixture
@@ -36,6 +37,15 @@ def test_a_resolved_configuration_reads_back_as_itself(path: Path, tmp_path: Pat
     assert load_config(again).tables() == config.tables()
     assert config.tables()["data"]["samples"] == 80
     assert config.tables()["mixers"]["lightning"]["kind"] == "lightning"
+
+
+def test_a_key_that_a_checkpoint_does_not_know_stood_at_its_default(path: Path) -> None:
+    older = load_config(path).tables()
+    del older["optimizer"]["momentum"]
+    assert config_changes(older, load_config(path).tables()) == {}
+    changed = load_config(path, ["--optimizer.momentum", "0.9", "--optimizer.lr", "1.0"]).tables()
+    lr = older["optimizer"]["lr"]
+    assert config_changes(older, changed) == {"optimizer.momentum": (0.95, 0.9), "optimizer.lr": (lr, 1.0)}
 
 
 def test_overrides_are_typed(path: Path) -> None:
