@@ -95,13 +95,9 @@ PRODUCTS: dict[str, tuple[int, ParallelConfig]] = {
     "tp4 x pp2": (8, ParallelConfig(tp=4, pp=2)),
     "cp2, recompute": (2, ParallelConfig(cp=2, recompute="full")),
     "cp4, selective recomputation": (4, ParallelConfig(cp=4, recompute="selective")),
-    "cp2 x replicate2": (4, ParallelConfig(cp=2, dp_replicate=2)),
     "cp2 x hsdp2x2": (8, ParallelConfig(cp=2, dp_replicate=2)),
-    "cp4 x fsdp2": (8, ParallelConfig(cp=4)),
-    "tp4 x cp2, sequence whole": (8, ParallelConfig(tp=4, cp=2, sequence_parallel=False)),
     "tp2 x cp4": (8, ParallelConfig(tp=2, cp=4, sequence_parallel=False)),
     "tp2 x cp2 x fsdp2": (8, ParallelConfig(tp=2, cp=2)),
-    "pp2 x cp4": (8, ParallelConfig(pp=2, cp=4)),
     "pp4 interleaved x cp2": (8, ParallelConfig(pp=4, cp=2, pp_schedule="interleaved1f1b")),
     "pp2 zbv x cp2": (4, ParallelConfig(pp=2, cp=2, pp_schedule="zbv")),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import pytest
+
 from model.folders import newest_complete
 from tests.launch.hosts import Host, Started, torchrun, wait_until
 from tests.pool import Pool
@@ -60,6 +62,7 @@ def test_two_nodes_repeat_one_and_a_killed_node_ends_the_other(
     assert found["reason"].startswith("rank 0, step ") and lost in found["reason"]
 
 
+@pytest.mark.matrix
 def test_a_killed_first_node_ends_the_other_which_writes_the_status(two_hosts: list[Host], tmp_path: Path) -> None:
     # Nodes are numbered as they are started, not in the order of their addresses.
     two_hosts.reverse()
@@ -75,6 +78,7 @@ def test_a_killed_first_node_ends_the_other_which_writes_the_status(two_hosts: l
     assert newest is not None and found["checkpoint"] is not None, "what the first rank wrote of checkpoints stays"
 
 
+@pytest.mark.matrix
 def test_a_pulled_cable_ends_both_nodes(two_hosts: list[Host], tmp_path: Path) -> None:
     """No connection is closed: only the missing signs of life tell."""
     runs = start(two_hosts, 1, endless(tmp_path, parallel={"node_timeout": 8.0}), steps=3)

@@ -347,6 +347,8 @@ def test_an_interrupted_prepare_leaves_no_final_name(
 
     monkeypatch.setattr(prepare, "_chunks", slowly)
     monkeypatch.setattr(prepare, "CHUNK_DOCUMENTS", 20)
+    # Whoever starts the tests in the background has SIGINT ignored, and children inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     # A fork has megatron-core imported already.
     process = multiprocessing.get_context("fork").Process(
         target=prepare_dataset,
@@ -355,6 +357,7 @@ def test_an_interrupted_prepare_leaves_no_final_name(
     )
     megatron("indexed_dataset")
     process.start()
+    signal.signal(signal.SIGINT, inherited)
     written = tmp_path / "out" / "set.partial.bin"
     deadline = time.monotonic() + 60
     while not (written.exists() and written.stat().st_size > 0) and time.monotonic() < deadline:

@@ -165,7 +165,10 @@ def really_traced(path: Path, precision: str, parallel: dict[str, Any]) -> tuple
     return trace_step(config, layout, precision=precision, fake=False, gloo=True), held
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+FIRST = ("alone, selective", "fsdp2 bf16, full", "tp2 x pp2", "cp2 x fsdp2")
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.matrix) for n in LAYOUTS])
 def test_a_plan_is_what_a_real_step_does(name: str, hybrid: Path, pool: Pool) -> None:
     world_size, precision, parallel = LAYOUTS[name]
     layout = resolve_layout(configured(hybrid, world_size, **parallel).parallel, world_size)
@@ -204,6 +207,7 @@ def test_the_last_piece_of_a_sequence_sees_most_keys(config_file: Path) -> None:
     assert "The last piece of a sequence sees most keys: it computes 1." in " ".join(printed.split())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("parallel", [{}, {"pp": 2}, {"pp": 2, "pp_schedule": "interleaved1f1b"}])
 def test_few_microbatches_show_what_many_do(
     parallel: dict[str, Any], config_file: Path, monkeypatch: pytest.MonkeyPatch

@@ -304,6 +304,7 @@ def test_a_disk_that_fails_stops_the_run_where_that_is_asked_for(pool: Pool, pre
     assert "writing a checkpoint failed" in status(tmp_path / "run")["reason"]
 
 
+@pytest.mark.matrix
 def test_compiled_twice_from_one_cache_equals_eager(prefix: str, tmp_path: Path) -> None:
     """A resumed run is such a second compile, and inductor's cache has been wrong before."""
     environment = os.environ | {
