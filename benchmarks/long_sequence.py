@@ -24,6 +24,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from lightning_length import describe_hardware
+from plan import forget_peak, memory
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -61,16 +62,6 @@ def row(sources: Tensor, step: int, length: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], counted, None, torch.arange(length)[None])
 
 
-def resident(what: str) -> int:
-    """Bytes of this process's memory: `VmRSS` now, or `VmHWM`, the most since the last `forget_peak`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def train(rank: int, world_size: int, store: str, options: argparse.Namespace, answer: Connection) -> None:
     """What one process of a run sees of it."""
     torch.set_num_threads(1 if world_size > 1 else 2)
@@ -85,7 +76,7 @@ def train(rank: int, world_size: int, store: str, options: argparse.Namespace, a
     assert architecture is not None
     layout = resolve_layout(ParallelConfig(cp=world_size), world_size)
     mesh = build_mesh(layout, "cpu")
-    before = resident("VmRSS")
+    before = memory("VmRSS")
     forget_peak()
     model = spread(architecture, mesh, torch.device("cpu"), precision="fp32", seq_len=options.length)
     model.initialise(seed=0)
@@ -107,7 +98,7 @@ def train(rank: int, world_size: int, store: str, options: argparse.Namespace, a
             seconds.append(time.perf_counter() - began)
     # Half of the messages of a step go forward, half backward.
     per_layer = sum(sent) / options.steps / options.layers / 2
-    peak = resident("VmHWM") - before
+    peak = memory("VmHWM") - before
     answer.send({"peak": peak, "losses": losses, "seconds": statistics.median(seconds), "sent": per_layer})
     dist.destroy_process_group()
 

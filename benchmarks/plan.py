@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -28,7 +29,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning_length import describe_hardware
+
+from model.batch import Batch
+from model.objective import NextToken
+from parallel.mesh import Mesh, build_mesh, resolve_layout
+from parallel.spread import spread
+from trainer.config import Config, load_config
+from trainer.optimizer import build_optimizer
+from trainer.signals import StopRequest
+from trainer.step import Updater
 
 CONFIG = "configs/llama-125m.toml"
 MODEL = ["--mixers.softmax.num_heads", "8", "--mixers.softmax.num_kv_heads", "4"]
@@ -68,62 +80,56 @@ def overrides(settings: list[str]) -> list[str]:
 
 
 def memory(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Bytes of this process's memory: `VmRSS` now, or `VmHWM`, the most since the last `forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def trainer_of(config: Config, mesh: Mesh, device: torch.device, precision: str) -> Updater:
+    """What trains a model by this configuration, built as a run builds it."""
+    model = spread(
+        config.architecture,
+        mesh,
+        device,
+        precision=precision,
+        seq_len=config.data.seq_len,
+        recompute=config.parallel.recompute,
+    )
+    model.initialise(0)
+    optimizer = build_optimizer(model, config.optimizer, [])
+    return Updater(model, optimizer, NextToken(model.cross_entropy), grad_clip=1.0, seed=0, stop=StopRequest())
+
+
+def random_rows(config: Config) -> Batch:
+    """A global batch, each row one document."""
+    rows, n = config.data.global_batch_size, config.data.seq_len
+    tokens = torch.randint(config.model.vocab_size, (rows, n + 1))
+    counted, positions = torch.ones(rows, n, dtype=torch.bool), torch.arange(n).repeat(rows, 1)
+    return Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone(), counted, None, positions)
+
+
 def train(settings: list[str]) -> int:
     """Two steps of a model; the peak of resident memory above what there was before, in bytes."""
-    import gc
-
-    import torch
-    import torch.distributed as dist
-
-    from model.batch import Batch
-    from model.objective import NextToken
-    from parallel.mesh import build_mesh, resolve_layout
-    from parallel.spread import spread
-    from trainer.config import load_config
-    from trainer.optimizer import build_optimizer
-    from trainer.signals import StopRequest
-    from trainer.step import Updater
-
     config = load_config(Path(CONFIG), settings, world_size=dist.get_world_size())
     layout = resolve_layout(config.parallel, dist.get_world_size())
     mesh = build_mesh(layout, "cpu")
     gc.collect()
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    n = config.data.seq_len
-    model = spread(
-        config.architecture,
-        mesh,
-        torch.device("cpu"),
-        precision="fp32",
-        seq_len=n,
-        recompute=config.parallel.recompute,
-    )
-    model.initialise(0)
-    optimizer = build_optimizer(model, config.optimizer, [])
-    objective = NextToken(model.cross_entropy)
-    updater = Updater(model, optimizer, objective, grad_clip=1.0, seed=0, stop=StopRequest())
+    forget_peak()
+    updater = trainer_of(config, mesh, torch.device("cpu"), "fp32")
+    share = config.data.global_batch_size // layout.data_parallel
     for step in (1, 2):
-        tokens = torch.randint(config.model.vocab_size, (2, n + 1))
-        positions = torch.arange(n).repeat(2, 1)
-        batch = Batch(
-            tokens[:, :-1].clone(), tokens[:, 1:].clone(), torch.ones(2, n, dtype=torch.bool), None, positions
-        )
-        share = 2 // layout.data_parallel
-        updater.update(batch.rows(slice(mesh.data_rank * share, (mesh.data_rank + 1) * share)), step, lr=1e-4)
+        mine = slice(mesh.data_rank * share, (mesh.data_rank + 1) * share)
+        updater.update(random_rows(config).rows(mine), step, lr=1e-4)
     return memory("VmHWM") - before
 
 
 def work(store: str, settings: list[str]) -> None:
     """A process of its own: a small model first, then the one that counts; its peak, and its place in the pipeline."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=SECONDS)

@@ -23,17 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan import random_rows, trainer_of
 
-from model.batch import Batch
-from model.objective import NextToken
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import Process, process_group
-from parallel.spread import spread
 from trainer.config import Config, load_config
-from trainer.optimizer import build_optimizer
 from trainer.planning.devices import this_machine
-from trainer.signals import StopRequest
-from trainer.step import Updater
 from trainer.throughput import training_flops_per_token
 
 PRESETS = {
@@ -63,24 +58,8 @@ def train(config: Config) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    layout = resolve_layout(config.parallel, 1)
-    n, rows = config.data.seq_len, config.data.global_batch_size
-    model = spread(
-        config.architecture,
-        build_mesh(layout, "cuda"),
-        device,
-        precision="bf16",
-        seq_len=n,
-        recompute=config.parallel.recompute,
-    )
-    model.initialise(0)
-    optimizer = build_optimizer(model, config.optimizer, [])
-    objective = NextToken(model.cross_entropy)
-    updater = Updater(model, optimizer, objective, grad_clip=1.0, seed=0, stop=StopRequest())
-    tokens = torch.randint(config.model.vocab_size, (rows, n + 1))
-    batch = Batch(
-        tokens[:, :-1], tokens[:, 1:], torch.ones(rows, n, dtype=torch.bool), None, torch.arange(n).repeat(rows, 1)
-    )
+    updater = trainer_of(config, build_mesh(resolve_layout(config.parallel, 1), "cuda"), device, "bf16")
+    batch = random_rows(config)
     seconds = []
     for step in range(STEPS):
         torch.cuda.synchronize()
@@ -92,8 +71,8 @@ def train(config: Config) -> dict[str, float]:
         "held": torch.cuda.max_memory_allocated() - before,
         "reserved": torch.cuda.max_memory_reserved(),
         "seconds": statistics.median(seconds[WARM:]),
-        "flops_per_token": training_flops_per_token(model.uncut.flops(n)),
-        "tokens": rows * n,
+        "flops_per_token": training_flops_per_token(updater.model.uncut.flops(config.data.seq_len)),
+        "tokens": batch.tokens.numel(),
     }
 
 

@@ -36,6 +36,11 @@ def sum_piece(x_BN: Tensor, group: str, size: int) -> Tensor:
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(pieces.flatten(0, 1), "sum", size, group))
 
 
+def exchange(parts: Tensor, group: str, size: int) -> Tensor:
+    """Part i of `[size, ...]` goes to rank i of the group; part i of the result came from there. No gradient."""
+    return _ops.wait_tensor(_ops.all_to_all_single(parts.contiguous(), [1] * size, [1] * size, group))
+
+
 class Gather(torch.autograd.Function):
     """Pieces of a sequence -> the whole. Backward sums what each rank says of it, and keeps a piece."""
 
@@ -59,8 +64,7 @@ class Trade(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cut: int, joined: int, group: str, size: int) -> Tensor:
         ctx.back = (joined, cut, group, size)
-        parts = torch.stack(x.chunk(size, dim=cut))
-        received = _ops.wait_tensor(_ops.all_to_all_single(parts, [1] * size, [1] * size, group))
+        received = exchange(torch.stack(x.chunk(size, dim=cut)), group, size)
         return torch.cat(received.unbind(), dim=joined)
 
     @staticmethod

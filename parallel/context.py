@@ -132,8 +132,8 @@ def crossing_faults(model: Model, n: int = 8) -> list[str]:
         try:
             mixer.prepare(ctx)
             mixer(torch.empty(1, n, model.architecture.model.d_model, device="meta"), ctx)
-        except (RuntimeError, NotImplementedError):
-            continue
+        except RuntimeError:
+            continue  # An operation has no form there, or asks for values.
         if wanted is not None and wanted not in cut.asked:
             faults[
                 f'{type(mixer).__name__} says "{mixer.context}" crosses a cut of the sequence, but its forward never '
@@ -222,15 +222,7 @@ def exchange_states(
 
 
 @exchange_states.register_fake
-def _(
-    state: Tensor,
-    slopes: Tensor | None,
-    connected: Tensor | None,
-    n: int,
-    group: str,
-    send_all: bool,
-    backwards: bool,
-) -> Tensor:
+def _(state: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(state)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel.collectives import exchange
 from parallel.data import local
 from parallel.spread import Spread
 
@@ -213,9 +214,4 @@ class Holders:
 
 def _exchange(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Entry i goes to rank i of the group; entry i of the result came from there."""
-    if group.size() == 1:
-        return tensor
-    tensor = tensor.contiguous()
-    received = torch.empty_like(tensor)
-    dist.all_to_all_single(received, tensor, group=group)
-    return received
+    return tensor if group.size() == 1 else exchange(tensor, group.group_name, group.size())
