@@ -403,7 +403,9 @@ def test_rows_that_see_nothing_positive_give_numbers(variant: dict[str, dict[str
         DiagBlock(DiagBlockConfig(num_heads=HEADS, block=3, **variant["diag_block"]), site(bias=False)),
         NormLinear(NormLinearConfig(num_heads=HEADS, **variant["norm_linear"]), site(bias=False)),
     ):
-        x = torch.zeros(1, 7, D, requires_grad=True)
+        # Memory that nobody has written to may hold what is no number.
+        mixer = randomised(mixer)
+        x = torch.zeros(1, 7, D, dtype=torch.float64, requires_grad=True)
         out = run(mixer, x, one_document(7))
         out.sum().backward()
         assert torch.equal(out, torch.zeros_like(out))
