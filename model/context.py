@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.attention import Observer
+
 
 class WholeSequence:
     """The sequence cut of one process: there is none, so nothing is exchanged.
@@ -74,6 +76,7 @@ class Context:
         first_index: index among those M of the first of the N queries.
         previous_documents: `[B]`, document id of the last cached token; None when nothing is cached.
         head_gates: layer index -> `[H]` or `[B, N, H]`, a factor for each head's contribution; 1 where absent.
+        observer: is shown the residual stream and attention weights of every layer.
         shared: tensors computed once per forward pass and read by several layers.
     """
 
@@ -86,6 +89,7 @@ class Context:
     first_index: int = 0
     previous_documents: Tensor | None = None
     head_gates: dict[int, Tensor] = field(default_factory=dict)
+    observer: Observer | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def share(self, key: Hashable, compute: Callable[[], Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Observer
 from model.cache import Cache
 from model.config import Architecture
 from model.context import Context, WholeSequence
@@ -40,6 +41,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
     ) -> Tensor:
+        if ctx.observer is not None:
+            ctx.observer.residual(self.layer, x)
         normed = self.mixer_norm(x)
         mixed = self.mixer(normed, ctx, cache, head_gate)
         if self.residual == "parallel":
@@ -73,6 +76,8 @@ class Model(nn.Module):
         self.embedding_scale = math.sqrt(m.d_model) if m.embedding_scale == "sqrt" else m.embedding_scale
         # Whoever spreads the sequence over processes puts another in its place.
         self.cut = WholeSequence()
+        # Whoever wants to see what happens inside of the blocks.
+        self.observer: Observer | None = None
 
     def forward(
         self,
@@ -137,6 +142,7 @@ class Model(nn.Module):
             )
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
+        ctx.observer = self.observer
         if not causal:
             self._check_bidirectional()
         for block in self.layers.values():

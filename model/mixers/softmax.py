@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention import Visible
+from model.attention import AttentionMap
 from model.cache import GrowingTensor
 from model.context import Context
 from model.layer import Mixer, Site, gate_heads
@@ -108,6 +110,10 @@ class Softmax(Mixer):
         if cache is not None:
             k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
         k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
+        if ctx.observer is not None:
+            seen = visible(ctx, self.config.window)
+            weights = AttentionMap(q_BNHd, k_BMGd, seen, self.head_dim**-0.5)
+            q_BNHd = ctx.observer.attention(self.site.layer, weights)
         mask, is_causal = ctx.shared[self._mask]
         out_BHNd = F.scaled_dot_product_attention(
             q_BNHd.transpose(1, 2),
@@ -156,6 +162,16 @@ class Softmax(Mixer):
         return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim
 
 
+def visible(ctx: Context, window: int | None) -> Visible:
+    """Which keys the queries of a forward pass see: those of the cache and of other processes' pieces included."""
+    n = ctx.positions.shape[1]
+    m = ctx.first_index + n if ctx.causal else n * ctx.cut.size
+    key_documents = None
+    if ctx.documents is not None:
+        key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents[:, :m]
+    return Visible(n, m, ctx.first_index, ctx.causal, window, ctx.documents, key_documents)
+
+
 def attention_mask(ctx: Context, window: int | None) -> tuple[Tensor | None, bool]:
     """Which of the M keys each of the N queries sees, as torch's fused attention wants it: (mask, is_causal).
 
@@ -163,22 +179,10 @@ def attention_mask(ctx: Context, window: int | None) -> tuple[Tensor | None, boo
     take its fastest path. Decided outside of the blocks, since inside compiled ones N may be symbolic.
     """
     n = ctx.positions.shape[1]
-    m = ctx.first_index + n if ctx.causal else n * ctx.cut.size
     only_new = ctx.first_index == 0 or (n == 1 and ctx.causal) or not ctx.causal
     if ctx.documents is None and window is None and only_new:
         return None, ctx.causal and n > 1
-    queries = torch.arange(ctx.first_index, ctx.first_index + n, device=ctx.positions.device)[:, None]
-    keys = torch.arange(m, device=ctx.positions.device)[None, :]
-    seen = (keys <= queries) if ctx.causal else torch.ones_like(keys <= queries)
-    if window is not None:
-        seen = seen & (queries - keys < window)
-        if not ctx.causal:
-            seen = seen & (keys - queries < window)
-    seen = seen[None]
-    if ctx.documents is not None:
-        key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents[:, :m]
-        seen = seen & (ctx.documents[:, :, None] == key_documents[:, None, :])
-    return seen[:, None], False
+    return visible(ctx, window).of(torch.arange(n, device=ctx.positions.device)), False
 
 
 def _remember(cache: dict[str, Any], k_BNGd: Tensor, v_BNGd: Tensor) -> tuple[Tensor, Tensor]:

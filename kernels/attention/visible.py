@@ -1,0 +1,44 @@
+"""Which keys each query of a causal, windowed, packed attention sees, for as many queries at a time as are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which of M keys each of N queries sees.
+
+    Attributes:
+        num_queries, num_keys: N and M.
+        first_index: index among the M of the first query.
+        causal: whether a query sees only itself and what comes before it.
+        window: it sees itself and window - 1 tokens before it (and after it, where not causal); None: all of them.
+        documents, key_documents: ids `[B, N]` and `[B, M]`; a query sees those of its own. None: all of them.
+    """
+
+    num_queries: int
+    num_keys: int
+    first_index: int = 0
+    causal: bool = True
+    window: int | None = None
+    documents: Tensor | None = None
+    key_documents: Tensor | None = None
+
+    def of(self, queries_R: Tensor) -> Tensor:
+        """Bool `[B or 1, 1, R, M]`, of the queries with these indices among the N."""
+        places = (queries_R + self.first_index)[:, None]
+        keys = torch.arange(self.num_keys, device=queries_R.device)[None, :]
+        seen = (keys <= places) if self.causal else torch.ones_like(keys <= places)
+        if self.window is not None:
+            seen = seen & (places - keys < self.window)
+            if not self.causal:
+                seen = seen & (keys - places < self.window)
+        seen = seen[None]
+        if self.documents is not None:
+            assert self.key_documents is not None
+            seen = seen & (self.documents[:, queries_R, None] == self.key_documents[:, None, :])
+        return seen[:, None]
