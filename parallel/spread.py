@@ -77,6 +77,9 @@ class Spread:
         stages: the modules here: stages of a pipeline, or the one model.
         parameters: name -> parameter, as the optimizer sees it; each parameter of the whole model is here, or on
             another process, under the same name.
+        beside: name -> small parameters that are trained with the model and are no part of it (the gains of
+            reparametrised matrices, thresholds of an objective): plain tensors, whole and alike on every process, as
+            their gradients have to be. Those names are of the whole model.
         uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
@@ -99,6 +102,7 @@ class Spread:
             self.cuts.dimensions |= part.dimensions
             self.cuts.summed |= part.summed
         self.frozen: set[str] = set()
+        self.beside: dict[str, nn.Parameter] = {}
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -129,8 +133,10 @@ class Spread:
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor like the parameter `name` (itself, its gradient, a moment) as a part of the whole model's.
 
-        It shares memory with what is given. Alone, that is the tensor itself.
+        It shares memory with what is given. Alone, that is the tensor itself; of `beside` it always is.
         """
+        if name in self.beside:
+            return tensor
         if self.mesh.whole.size() == 1 and not isinstance(tensor, DTensor):
             return tensor
         placements: list[Placement] = [Replicate(), Replicate(), Replicate()]
@@ -151,6 +157,11 @@ class Spread:
     def whole_parameters(self) -> dict[str, Tensor]:
         """Name -> parameter as a part of the whole model's."""
         return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """All that an optimizer may know here: the parameters, and those beside the model."""
+        return self.parameters | self.beside
 
     def initialise(self, seed: int) -> None:
         """Memory and initial values for what was built on the meta device. Collective."""
@@ -175,6 +186,8 @@ class Spread:
         """Train all parameters but these, of the whole model's."""
         self.frozen = names
         for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name not in names)
+        for name, parameter in self.beside.items():
             parameter.requires_grad_(name not in names)
         if (copied := self._copy()) is not None:
             copied.requires_grad_("embedding.weight" not in names)

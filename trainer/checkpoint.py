@@ -47,7 +47,7 @@ def training_state(model: Spread, optimizer: torch.optim.Optimizer, counters: Co
     """Everything a checkpoint holds, as tensors by global name, each as a part of the whole model's; loading writes
     into the same tensors."""
     moments = {}
-    for name, parameter in model.parameters.items():
+    for name, parameter in model.learned.items():
         if parameter in optimizer.state:
             state = optimizer.state[parameter]
             # AdamW's count of steps is one number; the rest is shaped like the parameter.
@@ -55,14 +55,16 @@ def training_state(model: Spread, optimizer: torch.optim.Optimizer, counters: Co
                 key: value if value.ndim == 0 else model.whole(name, value) for key, value in state.items()
             }
     counts = {key: torch.tensor(value, dtype=torch.int64) for key, value in asdict(counters).items()}
-    return {"model": model.whole_parameters(), "optimizer": moments, "counters": counts}
+    state = {"model": model.whole_parameters(), "optimizer": moments, "counters": counts}
+    return state | ({"beside": dict(model.beside)} if model.beside else {})
 
 
 def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Optimizer) -> Counters:
     """Read a step folder into the model and the optimizer, in whatever layout they are. Collective.
 
     A parameter that was frozen when the folder was written (`run.freeze` may change), or updated by another optimizer,
-    starts with a fresh optimizer state; of one that is frozen now, the stored state is left unread.
+    starts with a fresh optimizer state; of one that is frozen now, the stored state is left unread. What was not
+    trained beside the model then keeps its initial value.
     """
     state = training_state(model, optimizer, Counters())
     stored = tensor_shapes(folder, "optimizer.")
@@ -71,6 +73,8 @@ def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Opti
         for name, moments in state["optimizer"].items()
         if all(f"{name}.{key}" in stored for key in moments)
     }
+    beside = tensor_shapes(folder, "beside.")
+    state["beside"] = {name: parameter for name, parameter in model.beside.items() if name in beside}
     read_tensors(state, folder)
     model.update_copies()
     return Counters(**{key: int(value) for key, value in state["counters"].items()})

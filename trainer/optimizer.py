@@ -18,7 +18,8 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
     """AdamW, or Muon beside it, with weight decay on matrices only.
 
     Muon updates the matrices of layers that weight decay touches; embedding, positions, head, norms, biases and what
-    layers exempt go by AdamW. All state is there already, so that a checkpoint can be read into it.
+    layers exempt go by AdamW, and so does what is trained beside the model. All state is there already, so that a
+    checkpoint can be read into it.
 
     Args:
         frozen: patterns of parameter names that are not trained.
@@ -26,11 +27,12 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
-    model.freeze(frozen_names([name for name, _ in model.uncut.named_parameters()], frozen))
+    names = [name for name, _ in model.uncut.named_parameters()]
+    model.freeze(frozen_names([*names, *model.beside], frozen))
     undecayed = {name for stage in model.stages for name in undecayed_names(stage)}
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
     matrices: list[str] = []
-    for name, parameter in model.parameters.items():
+    for name, parameter in model.learned.items():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim >= 2 and name not in undecayed

@@ -47,7 +47,7 @@ class Updater:
     ):
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.grad_clip, self.seed, self.stop = grad_clip, seed, stop
-        trained = {name: p for name, p in model.parameters.items() if p.requires_grad}
+        trained = {name: p for name, p in model.learned.items() if p.requires_grad}
         self.trained = list(trained.values())
         self.counted = [p for name, p in trained.items() if counts_here(model.whole(name, p))]
 
