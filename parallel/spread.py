@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from model.batch import Batch
 from model.config import Architecture
 from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
+from model.reparam import ReparamConfig
 from model.stack import Model
 from parallel.collectives import sum_lists
 from parallel.context import SequenceCut
@@ -21,6 +22,7 @@ from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, recompute_blocks
 from parallel.region import Region
+from parallel.reparam import PlainWeights, SigmaReparam
 from parallel.tensor import Cuts, cut
 from parallel.vocabulary import VocabularyCrossEntropy
 
@@ -36,12 +38,14 @@ def spread(
     seq_len: int,
     recompute: Recompute = "none",
     compiled: bool = False,
+    reparam: ReparamConfig | None = None,
 ) -> Spread:
     """Build this process's part of a model, on the meta device: stage, tensor-parallel share, FSDP shards.
 
     Args:
         precision: of matrix products: bf16, fp32 or fp64.
         seq_len: for which the stages of a pipeline are balanced.
+        reparam: which matrices are reparametrised; `reparam.begin()` once they have values. Default: none.
     """
     layout = mesh.layout
     with torch.device("meta"):
@@ -67,7 +71,7 @@ def spread(
         if compiled:
             compile_blocks(stage)
         shard(stage, mesh.data, bf16=precision == "bf16", keep_gathered=layout.pp > 1)
-    return Spread(uncut, mesh, device, stages, cuts, region, DTYPES[precision])
+    return Spread(uncut, mesh, device, stages, cuts, region, DTYPES[precision], reparam or ReparamConfig())
 
 
 class Spread:
@@ -80,6 +84,8 @@ class Spread:
         beside: name -> small parameters that are trained with the model and are no part of it (the gains of
             reparametrised matrices, thresholds of an objective): plain tensors, whole and alike on every process, as
             their gradients have to be. Those names are of the whole model.
+        kept: name -> state that is no gradient's (vectors of a power iteration), whole and alike on every process.
+        reparam: what parameters stand for, where that is not what is multiplied.
         uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
@@ -92,6 +98,7 @@ class Spread:
         cuts: list[Cuts],
         region: Region | None,
         dtype: torch.dtype,
+        reparam: ReparamConfig,
     ):
         self.uncut, self.architecture = uncut, uncut.architecture
         self.mesh, self.layout, self.device = mesh, mesh.layout, device
@@ -103,6 +110,8 @@ class Spread:
             self.cuts.summed |= part.summed
         self.frozen: set[str] = set()
         self.beside: dict[str, nn.Parameter] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.reparam = SigmaReparam(self, reparam) if reparam.kind == "sigma" else PlainWeights()
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -133,9 +142,9 @@ class Spread:
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor like the parameter `name` (itself, its gradient, a moment) as a part of the whole model's.
 
-        It shares memory with what is given. Alone, that is the tensor itself; of `beside` it always is.
+        It shares memory with what is given. Alone, that is the tensor itself; of `beside` and `kept` it always is.
         """
-        if name in self.beside:
+        if name in self.beside or name in self.kept:
             return tensor
         if self.mesh.whole.size() == 1 and not isinstance(tensor, DTensor):
             return tensor
@@ -169,6 +178,7 @@ class Spread:
             initialise(stage, seed, self.device, self.whole)
         # What was on the meta device has been exchanged. (And while FSDP has parameters gathered, modules name others.)
         self.parameters = self._named_parameters()
+        self.reparam.allocate()
         self.update_copies()
 
     def allocate(self) -> None:
@@ -181,6 +191,7 @@ class Spread:
                 for block in stage.layers.values():
                     block.mixer.remake_buffers()
         self.parameters = self._named_parameters()
+        self.reparam.allocate()
 
     def freeze(self, names: set[str]) -> None:
         """Train all parameters but these, of the whole model's."""
@@ -189,6 +200,7 @@ class Spread:
             parameter.requires_grad_(name not in names)
         for name, parameter in self.beside.items():
             parameter.requires_grad_(name not in names)
+        self.reparam.freeze(names)
         if (copied := self._copy()) is not None:
             copied.requires_grad_("embedding.weight" not in names)
 

@@ -29,7 +29,7 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
     """
     names = [name for name, _ in model.uncut.named_parameters()]
     model.freeze(frozen_names([*names, *model.beside], frozen))
-    undecayed = {name for stage in model.stages for name in undecayed_names(stage)}
+    undecayed = {name for stage in model.stages for name in undecayed_names(stage)} | model.reparam.undecayed
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
     matrices: list[str] = []
     for name, parameter in model.learned.items():

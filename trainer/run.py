@@ -110,6 +110,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         seq_len=config.data.seq_len,
         recompute=config.parallel.recompute,
         compiled=config.run.compile,
+        reparam=config.reparam,
     )
     model.initialise(config.run.seed)
     optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
@@ -168,6 +169,7 @@ def _restore(plan: Plan, model: Spread, optimizer: torch.optim.Optimizer) -> Cou
         return load_training_state(plan.resume_from, model, optimizer)
     if plan.init_from is not None:
         load_weights(open_model(plan.init_from), model)
+    model.reparam.begin()
     return Counters()
 
 

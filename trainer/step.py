@@ -60,13 +60,15 @@ class Updater:
         nats = self.model.train(batch, self.objective, 1.0 / max(counted, 1.0))
         total_nats, stops = sum_over_ranks([nats, float(self.stop.requested)])
         loss = total_nats / max(counted, 1.0)
+        self.model.reparam.complete_gradients()
         norm = gradient_norm([p.grad for p in self.counted if p.grad is not None], self.model.device).item()
         # Both numbers are the same on all ranks, so all of them skip or none does.
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             clip_gradients([p.grad for p in self.trained if p.grad is not None], norm, self.grad_clip)
             set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
+            with self.model.reparam.raw_weights():
+                self.optimizer.step()
             self.model.update_copies()
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(loss, norm, skipped, stop=stops > 0)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from model.config import Architecture
 from model.objective import NextToken
+from model.reparam import ReparamConfig
 from model.settings import build_architecture
 from parallel.config import ParallelConfig
 from parallel.data import local
@@ -113,8 +114,8 @@ def depth(name: str, precision: str) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and by which optimizer: a mixer (or several, joined by +), one of its examples, and what its
-    model is like.
+    """What is trained, and by which optimizer: a mixer (or several, joined by +), one of its examples, what its model
+    is like, and how its matrices are reparametrised.
 
     `isolated`: whether rows are of several documents; otherwise each is one.
 
@@ -128,6 +129,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     isolated: bool = True
     optimizer: Optimizer = "adamw"
+    reparam: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -177,8 +179,10 @@ def build(case: Case, parallel: ParallelConfig, precision: str, compiled: bool =
         seq_len=LENGTH,
         recompute=parallel.recompute,
         compiled=compiled,
+        reparam=ReparamConfig(**case.reparam),
     )
     model.initialise(seed=3)
+    model.reparam.begin()
     return model
 
 
@@ -224,16 +228,17 @@ def two_steps(
 ) -> dict[str, Any]:
     """Losses and norms of two steps, a validation loss, the gradients of the first step, and the parameters at the end.
 
-    Tensors come from one process for each pipeline rank.
+    Tensors come from one process for each pipeline rank; what stands beside the model, from all.
     """
     model = build(case, parallel, precision, compiled)
     updater = updater_of(model, case, frozen)
-    seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "gradients": {}}
+    seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "gradients": {}, "beside": {}}
     plain_step = updater.optimizer.step
 
     def noting_step() -> None:
         if not seen["gradients"]:
             seen["gradients"] = whole(model, {name: p.grad for name, p in model.parameters.items()})
+            seen["beside"] = {f"{name}.grad": p.grad.clone() for name, p in model.beside.items() if p.grad is not None}
         plain_step()
 
     updater.optimizer.step = noting_step  # type: ignore[method-assign, assignment]
@@ -247,6 +252,7 @@ def two_steps(
         model.evaluating(False)
         dist.all_reduce(nats)
         seen["evaluated"].append(nats.item())
+    seen["beside"] |= {name: x.detach().clone() for name, x in (model.beside | model.kept).items()}
     seen["parameters"] = whole(model, dict(model.parameters))
     if not speaks(model):
         seen["gradients"], seen["parameters"] = {}, {}
@@ -294,6 +300,10 @@ def differences(found: Tensors, wanted: Tensors, floor: float) -> Iterator[tuple
 
 def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any], bounds: Bounds) -> None:
     """Every rank's losses and norms, and every tensor, within the bounds of one process's."""
+    for rank, result in enumerate(results):
+        errors = differences(result.get("beside", {}), alone.get("beside", {}), floor=1e-3)
+        wrong = [f"{name}: {error:.1e}" for error, name in errors if not error <= bounds.tensors]
+        assert not wrong, f"beside the model, on rank {rank}: {', '.join(wrong)}"
     for what, bound in (("losses", bounds.losses), ("norms", bounds.norms), ("evaluated", bounds.losses)):
         for rank, result in enumerate(results):
             assert result[what] == pytest.approx(alone[what], rel=bound, abs=0), f"{what} on rank {rank}"

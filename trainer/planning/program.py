@@ -100,10 +100,15 @@ def trace_step(config: Config, layout: Layout, *, precision: str, fake: bool, gl
         precision=precision,
         seq_len=config.data.seq_len,
         recompute=config.parallel.recompute,
+        reparam=config.reparam,
     )
     rows = config.data.global_batch_size // (layout.data_parallel * layout.microbatches)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        model.allocate() if fake else model.initialise(config.run.seed)
+        if fake:
+            model.allocate()
+        else:
+            model.initialise(config.run.seed)
+            model.reparam.begin()
         optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
         if fake:
             _find_shapes(optimizer)
