@@ -21,6 +21,8 @@ from model.initialisation import Constant
 from model.stack import Model, all_inits, undecayed_names
 
 SMALLEST_NORM = 1e-12
+NEGLIGIBLE = 1e-12
+"""A direction whose square is this part of the largest one's is rounding."""
 
 Grouping = Literal["separate", "qk+v", "fused"]
 GROUPS: dict[Grouping, tuple[str, ...]] = {"separate": (), "qk+v": ("qk",), "fused": ("qkv",)}
@@ -38,6 +40,9 @@ class ReparamConfig:
     """Whether q, k and v of a mixer are a matrix each, q and k one together, or all three one."""
     gain_init: Literal["sigma", "one"] | float = "sigma"
     """sigma: the model begins as the plain one; one, or a number above 0: every such map begins with that norm."""
+    vectors: int = 8
+    """How many directions of each matrix are followed from step to step. 1 is the released iteration, whose sigma lags
+    behind while a matrix changes fast."""
     decay: bool = True
     """Whether weight decay touches W: it changes how large steps are, not the function. Gains are never decayed."""
     through_sigma: bool = True
@@ -45,12 +50,15 @@ class ReparamConfig:
 
     def faults(self) -> list[str]:
         """What is wrong with these settings alone, in sentences."""
-        if isinstance(self.gain_init, str) or self.gain_init > 0:
-            return []
-        return [
-            f'reparam.gain_init = {self.gain_init} must be above 0, or "sigma" (begin as the plain model) or "one": a '
-            "map of norm 0 gives nothing."
-        ]
+        faults = []
+        if not (isinstance(self.gain_init, str) or self.gain_init > 0):
+            faults.append(
+                f'reparam.gain_init = {self.gain_init} must be above 0, or "sigma" (begin as the plain model) or '
+                '"one": a map of norm 0 gives nothing.'
+            )
+        if self.vectors < 1:
+            faults.append(f"reparam.vectors = {self.vectors} must be at least 1; 8 is usual.")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -162,32 +170,37 @@ def _zero(model: Model, config: ReparamConfig) -> list[str]:
     return [part for matrix in matrices(model, config) for part in matrix.parts if inits[part] == Constant(0.0)]
 
 
-def largest_singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma, v [out], u [in] of a matrix [out, in], exactly: by an eigendecomposition in fp64, which is returned.
+def largest_singular(matrix: Tensor, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma, v [out] and the first `count` right singular vectors u [in, count] of a matrix [out, in], exactly.
 
-    Of a matrix of zeros, zeros.
+    By an eigendecomposition in fp64, which is what is returned. Of a matrix of zeros, sigma is 0; where there are fewer
+    directions, columns are zero.
     """
     wide = matrix.double()
     tall = wide.shape[0] > wide.shape[1]
     short = wide.T if tall else wide
-    # Relative to the largest one it is as exact as a decomposition of the matrix itself, and several times as fast.
-    first = torch.linalg.eigh(short @ short.T).eigenvectors[:, -1]
-    second = short.T @ first
-    sigma = second.norm()
-    second = second / sigma.clamp(min=SMALLEST_NORM)
-    return (sigma, second, first) if tall else (sigma, first, second)
+    # For the largest ones it is as exact as a decomposition of the matrix itself, and several times as fast.
+    squares, vectors = torch.linalg.eigh(short @ short.T)
+    kept = min(count, len(squares))
+    near, squares = vectors.flip(1)[:, :kept], squares.flip(0)[:kept]
+    far = short.T @ near
+    norms = far.norm(dim=0)
+    far = torch.where(squares > NEGLIGIBLE * squares[0], far / norms.clamp(min=SMALLEST_NORM), 0.0)
+    v, u = (far, near) if tall else (near, far)
+    return norms[0], v[:, 0], torch.nn.functional.pad(u, (0, count - kept))
 
 
 def power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration from a unit vector u [in]: sigma, v [out] and the next u.
+    """One iteration from orthonormal columns u [in, k]: sigma, v [out], and the next u, whose first column goes with v.
 
-    v = W u / |W u|, u' = W^T v / |W^T v|, sigma = v^T W u' = |W^T v|.
+    With one column it is that of the paper: v = W u / |W u|, u' = W^T v / |W^T v|, sigma = v^T W u' = |W^T v|. With
+    several, their span is iterated, and sigma is the largest singular value of what is in it: V = orth(W u), and from
+    W^T V = U S R^T come u' = U, v = V R_1, sigma = S_1. So a direction that overtakes the first has been followed
+    before. With one column, sigma was found to lag behind by up to a fifth (docs/reparam.md).
     """
-    y = matrix @ u
-    v = y / y.norm().clamp(min=SMALLEST_NORM)
-    z = matrix.T @ v
-    sigma = z.norm()
-    return sigma, v, z / sigma.clamp(min=SMALLEST_NORM)
+    basis = torch.linalg.qr(matrix @ u).Q
+    left, norms, right = torch.linalg.svd(matrix.T @ basis, full_matrices=False)
+    return norms[0], basis @ right[0], left
 
 
 def effective_weights(

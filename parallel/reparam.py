@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from model.reparam import SMALLEST_NORM, Matrix, ReparamConfig, largest_singular, matrices
+from model.reparam import NEGLIGIBLE, SMALLEST_NORM, Matrix, ReparamConfig, largest_singular, matrices
 from parallel.data import held, local
 from parallel.gradients import counts_here
 
@@ -95,10 +95,10 @@ class SigmaReparam(PlainWeights):
         count = len(self.matrices)
         dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
 
-        def zeros(size: int) -> Tensor:
+        def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=self.model.device)
 
-        self.u, self.v = zeros(self._u_slices[-1].stop), zeros(self._v_slices[-1].stop)
+        self.u, self.v = zeros(self._u_slices[-1].stop, self.config.vectors), zeros(self._v_slices[-1].stop)
         self.sigma, self.gains = zeros(count), zeros(count)
         for index, matrix in enumerate(self.matrices):
             one = slice(index, index + 1)
@@ -144,7 +144,7 @@ class SigmaReparam(PlainWeights):
                 continue
             parts = [_full(self.model.whole(name, self.model.parameters[name])) for name in matrix.parts]
             if index % holders.size() == mine:
-                sigma, v, u = largest_singular(torch.cat(parts))
+                sigma, v, u = largest_singular(torch.cat(parts), self.config.vectors)
                 self.sigma[index] = sigma
                 self.v[self._v_slices[index]] = v
                 self.u[self._u_slices[index]] = u
@@ -181,7 +181,7 @@ class SigmaReparam(PlainWeights):
         for piece, _, gradient in found:
             scale, factor = scales[piece.index], factors[piece.index]
             if self.config.through_sigma:
-                gradient.addr_(self.v[piece.rows], self.u[piece.columns], beta=scale, alpha=-scale * factor)
+                gradient.addr_(self.v[piece.rows], self.u[piece.columns, 0], beta=scale, alpha=-scale * factor)
             else:
                 gradient.mul_(scale)
         for index, matrix in enumerate(self.matrices):
@@ -206,20 +206,26 @@ class SigmaReparam(PlainWeights):
     def _iterate(self) -> None:
         """One power iteration of every matrix (`model.reparam.power_iteration`), in two reductions for all of them."""
         pieces = [(piece, local(self.model.parameters[piece.name])) for piece in self._pieces if piece.counts]
-        y = torch.zeros_like(self.v)
+        products = torch.zeros(len(self.v), self.config.vectors, dtype=self.v.dtype, device=self.v.device)
         for piece, weight in pieces:
-            y[piece.rows] += weight @ self.u[piece.columns]
-        dist.all_reduce(y)
-        v, _ = _units(y, self._v_slices, self.v)
-        z = torch.zeros_like(self.u)
+            products[piece.rows] += weight @ self.u[piece.columns]
+        dist.all_reduce(products)
+        basis = _times(products, self._v_slices, _orthonormalising(_squares(products, self._v_slices))[1])
+        products = torch.zeros_like(self.u)
         for piece, weight in pieces:
-            z[piece.columns] += weight.T @ v[piece.rows]
-        dist.all_reduce(z)
-        u, sigma = _units(z, self._u_slices, self.u)
-        self.v.copy_(v)
-        self.u.copy_(u)
-        # Frozen matrices add nothing, and keep what they had.
-        self.sigma.copy_(torch.where(sigma > 0, sigma.clamp(min=SMALLEST_NORM), self.sigma))
+            products[piece.columns] += weight.T @ basis[piece.rows]
+        dist.all_reduce(products)
+        squares = _squares(products, self._u_slices)
+        largest, turned = _orthonormalising(squares)
+        # Frozen matrices have added nothing, and keep what they had.
+        found = largest > 0
+        sigma = largest.sqrt().clamp(min=SMALLEST_NORM).to(self.sigma.dtype)
+        self.sigma.copy_(torch.where(found, sigma, self.sigma))
+        first = turned[:, :, :1] * largest.sqrt()[:, None, None]
+        v = _times(basis, self._v_slices, first)[:, 0]
+        self.v.copy_(torch.where(_each(found, self._v_slices), v, self.v))
+        u = _times(products, self._u_slices, turned)
+        self.u.copy_(torch.where(_each(found, self._u_slices)[:, None], u, self.u))
 
     def _effective_gains(self) -> Tensor:
         return torch.where(self.gains.abs() < SMALLEST_GAIN, SMALLEST_GAIN, self.gains)
@@ -240,12 +246,30 @@ def _consecutive(sizes: list[int]) -> list[slice]:
     return [slice(begin, end) for begin, end in pairwise(accumulate(sizes, initial=0))]
 
 
-def _units(flat: Tensor, slices: list[slice], otherwise: Tensor) -> tuple[Tensor, Tensor]:
-    """Every slice divided by its norm, or what stands in `otherwise` where that is 0; and the norms."""
-    norms = torch.stack(torch._foreach_norm([flat[part] for part in slices]))
-    lengths = torch.tensor([part.stop - part.start for part in slices], device=flat.device)
-    spread = norms.repeat_interleave(lengths, output_size=len(flat))
-    return torch.where(spread > 0, flat / spread.clamp(min=SMALLEST_NORM), otherwise), norms
+def _squares(flat: Tensor, slices: list[slice]) -> Tensor:
+    """X^T X of every slice X [n, k], in fp64: [slices, k, k]."""
+    return torch.stack([flat[part].double().T @ flat[part].double() for part in slices])
+
+
+def _orthonormalising(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """From X^T X to the largest square, and to T [k, k] such that the columns of X T are orthonormal, those with the
+    largest squares first; zero, where there are no more directions."""
+    values, vectors = torch.linalg.eigh(squares)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    largest = values[:, :1]
+    lengths = torch.where(values > NEGLIGIBLE * largest, values.clamp(min=SMALLEST_NORM**2).rsqrt(), 0.0)
+    return largest[:, 0].clamp(min=0.0), vectors * lengths[:, None, :]
+
+
+def _times(flat: Tensor, slices: list[slice], factors: Tensor) -> Tensor:
+    """Every slice [n, k] times its factor [k, m]."""
+    return torch.cat([flat[part] @ factor.to(flat.dtype) for part, factor in zip(slices, factors, strict=True)])
+
+
+def _each(values: Tensor, slices: list[slice]) -> Tensor:
+    """A value a slice -> for every row of the slices."""
+    lengths = torch.tensor([part.stop - part.start for part in slices], device=values.device)
+    return values.repeat_interleave(lengths, output_size=slices[-1].stop)
 
 
 def _place_in(mesh: dist.DeviceMesh) -> int:
