@@ -40,9 +40,9 @@ class ReparamConfig:
     """Whether q, k and v of a mixer are a matrix each, q and k one together, or all three one."""
     gain_init: Literal["sigma", "one"] | float = "sigma"
     """sigma: the model begins as the plain one; one, or a number above 0: every such map begins with that norm."""
-    vectors: int = 8
+    vectors: int = 32
     """How many directions of each matrix are followed from step to step. 1 is the released iteration, whose sigma lags
-    behind while a matrix changes fast."""
+    behind while a matrix changes fast. Every process holds so many numbers for each input of each matrix."""
     decay: bool = True
     """Whether weight decay touches W: it changes how large steps are, not the function. Gains are never decayed."""
     through_sigma: bool = True
@@ -57,7 +57,7 @@ class ReparamConfig:
                 '"one": a map of norm 0 gives nothing.'
             )
         if self.vectors < 1:
-            faults.append(f"reparam.vectors = {self.vectors} must be at least 1; 8 is usual.")
+            faults.append(f"reparam.vectors = {self.vectors} must be at least 1; 32 is usual.")
         return faults
 
 
@@ -141,7 +141,10 @@ def reparam_faults(
                 'is no linear map. "layers.*" matches all that are in layers.'
             )
         elif not fnmatch.filter(linear, pattern):
-            near = difflib.get_close_matches(pattern, linear, n=1, cutoff=0.0)
+            # A pattern is nearest to a pattern: of all layers, or without the layer.
+            known = [*linear, *(re.sub(r"^layers\.\d+", "layers.*", name) for name in linear)]
+            known += ["*." + name.rpartition(".weight")[0].rpartition(".")[2] + ".weight" for name in linear]
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
             what = "matches no linear map" if fnmatch.filter(names, pattern) else "matches no parameter"
             faults.append(f"reparam.targets has {pattern!r}, which {what}; the nearest is {near[0]!r}.")
     if has_weights and config.gain_init != "sigma":

@@ -214,6 +214,19 @@ def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
     return found
 
 
+def beside(model: Spread) -> Tensors:
+    """Copies of what stands beside the model here; of vectors the first, with a sign that two of them share."""
+    found = {}
+    for name, tensor in (model.beside | model.kept).items():
+        x = tensor.detach().clone()
+        if name.endswith("spectral_u"):
+            x = x[:, 0]
+        if name.endswith(("spectral_u", "spectral_v")):
+            x = x * x[x.abs().argmax()].sign()
+        found[name] = x
+    return found
+
+
 def speaks(model: Spread) -> bool:
     """Whether this process, of those with the same stages, says what is in them."""
     return not (model.mesh.data_rank or model.mesh.rank("cp") or model.mesh.rank("tp"))
@@ -252,7 +265,7 @@ def two_steps(
         model.evaluating(False)
         dist.all_reduce(nats)
         seen["evaluated"].append(nats.item())
-    seen["beside"] |= {name: x.detach().clone() for name, x in (model.beside | model.kept).items()}
+    seen["beside"] |= beside(model)
     seen["parameters"] = whole(model, dict(model.parameters))
     if not speaks(model):
         seen["gradients"], seen["parameters"] = {}, {}
@@ -301,7 +314,7 @@ def differences(found: Tensors, wanted: Tensors, floor: float) -> Iterator[tuple
 def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any], bounds: Bounds) -> None:
     """Every rank's losses and norms, and every tensor, within the bounds of one process's."""
     for rank, result in enumerate(results):
-        errors = differences(result.get("beside", {}), alone.get("beside", {}), floor=1e-3)
+        errors = differences(result["beside"], alone["beside"], floor=1e-3)
         wrong = [f"{name}: {error:.1e}" for error, name in errors if not error <= bounds.tensors]
         assert not wrong, f"beside the model, on rank {rank}: {', '.join(wrong)}"
     for what, bound in (("losses", bounds.losses), ("norms", bounds.norms), ("evaluated", bounds.losses)):
@@ -346,8 +359,8 @@ def train_and_write(
         writer.save(training_state(model, updater.optimizer, ended), steps)
         # What is changed after the call must not reach the file.
         with torch.no_grad():
-            for parameter in model.parameters.values():
-                local(parameter).zero_()
+            for tensor in [*model.learned.values(), *model.kept.values()]:
+                local(tensor).zero_()
         writer.close()
         return {}
     moments = {
@@ -356,8 +369,8 @@ def train_and_write(
         for key, moment in updater.optimizer.state[parameter].items()
         if key != "step"
     }
-    seen = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
-    seen |= {"parameters": whole(model, dict(model.parameters)), "moments": moments}
+    seen: dict[str, Any] = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
+    seen |= {"parameters": whole(model, dict(model.parameters)), "moments": moments, "beside": beside(model)}
     if not speaks(model):
         seen["parameters"], seen["moments"] = {}, {}
     return seen
