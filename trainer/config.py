@@ -17,6 +17,7 @@ from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
 from trainer.metrics import MetricsConfig
+from trainer.objective import ObjectiveConfig
 
 
 class Refused(ValueError):
@@ -56,14 +57,6 @@ class RunConfig:
     a step folder to go on from."""
     allow_change: list[str] = field(default_factory=list)
     """Keys outside [run] [parallel] [checkpoint] [metrics] that may differ from the checkpoint's."""
-
-
-@dataclass
-class ObjectiveConfig:
-    """`[objective]`"""
-
-    kind: Literal["next_token"] = "next_token"
-    """What is minimised: next-token cross-entropy."""
 
 
 @dataclass
@@ -229,6 +222,7 @@ def config_from_tables(
     sections = {name: build(cls, name, tables.get(name, {}), faults) for name, cls in SECTIONS.items()}
     model, architecture = build_architecture(tables, faults, allow_code=allow_code)
     faults += _section_faults(sections, model)
+    faults += _objective_faults(sections, architecture)
     world_size = process.world_size if process is not None else world_size
     if world_size is not None:
         faults += _layout_faults(sections, architecture, world_size)
@@ -349,6 +343,18 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
     if data is not None and model is not None and model.positions == "learned" and data.seq_len > model.max_positions:
         faults.append(f"data.seq_len = {data.seq_len} is more than model.max_positions = {model.max_positions}.")
     return faults
+
+
+def _objective_faults(sections: dict[str, Any], architecture: Architecture | None) -> list[str]:
+    """What the objective cannot be with this model and the other sections; what could not be read is left out."""
+    objective, run, optimizer = sections["objective"], sections["run"], sections["optimizer"]
+    if objective is None:
+        return []
+    return objective.faults(
+        None if architecture is None else [architecture.mixers[name][0] for name in architecture.mixer_names],
+        compiled=run is not None and run.compile,
+        lr=None if optimizer is None else optimizer.lr,
+    )
 
 
 def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, world_size: int) -> list[str]:
