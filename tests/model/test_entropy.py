@@ -26,9 +26,7 @@ VISIBLE = {
     "causal": ALL,
     "window": Visible(N, N, window=4),
     "documents": Visible(N, N, documents=DOCUMENTS, key_documents=DOCUMENTS),
-    "both ways, window, documents": Visible(
-        N, N, causal=False, window=4, documents=DOCUMENTS, key_documents=DOCUMENTS
-    ),
+    "both ways, window, documents": Visible(N, N, causal=False, window=4, documents=DOCUMENTS, key_documents=DOCUMENTS),
     "the second half": Visible(N - 6, N, first_index=6, documents=DOCUMENTS[:, 6:], key_documents=DOCUMENTS),
 }
 
