@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from model.context import Context
 from model.entropy import EntropyPenalty
 from model.mixers.softmax import Softmax
+from model.objective import NextToken
 from parallel.config import ParallelConfig
 from parallel.entropy import threshold_name
 from tests.conformance.layouts import (
@@ -34,13 +36,12 @@ from tests.conformance.layouts import (
     build,
     depth,
     share_of,
-    told,
     two_steps,
     updater_of,
-    whole,
 )
 from tests.conformance.models import random_batch
 from tests.conformance.test_layout_checkpoints import assert_bit_equal, assert_continued, written_and_read
+from tests.model.test_entropy import Largest
 from tests.pool import Pool
 
 Alone = Callable[..., dict[str, Any]]
@@ -218,29 +219,44 @@ def test_bf16_stays_near(pool: Pool, alone: Alone) -> None:
 
 
 def evaluated_and_trained(case: Case) -> dict[str, Any]:
-    """Whether validation, and a forward pass by itself, leave the penalty alone."""
-    model = build(case, ParallelConfig(), "fp64")
-    updater = updater_of(model, case)
-    batch = share_of(model, 1)
-    nats = model.evaluate(batch, updater.objective)
-    plain = build(replace(case, entropy=None), ParallelConfig(), "fp64")
-    outcome, without = updater.update(batch, 1, lr=0.0), updater_of(plain, case).update(batch, 1, lr=0.0)
-    return {
-        "evaluated": (nats, plain.evaluate(batch, updater.objective)),
-        "losses": (outcome.loss, without.loss),
-        "observers": [stage.observer for stage in model.stages],
-        "auxiliary": (outcome.auxiliary, without.auxiliary),
-        "total": (outcome.total_loss, without.total_loss),
-    }
+    """A step and a validation, with and without the penalty; in validation, entropies cannot be had."""
+    seen: dict[str, Any] = {"evaluated": [], "losses": [], "auxiliary": [], "total": [], "observers": []}
+    for model in (build(c, ParallelConfig(), "fp64") for c in (case, replace(case, entropy=None))):
+        updater = updater_of(model, case)
+        outcome = updater.update(share_of(model, 1), 1, lr=0.0)
+        with patch("parallel.entropy.query_entropies", side_effect=AssertionError("entropies in validation")):
+            seen["evaluated"].append(model.evaluate(share_of(model, 100), updater.objective))
+        seen["losses"].append(outcome.loss)
+        seen["auxiliary"].append(outcome.auxiliary)
+        seen["total"].append(outcome.total_loss)
+        seen["observers"] += [stage.observer for stage in model.stages]
+    return seen
 
 
 def test_the_cross_entropy_is_reported_alone_and_validation_knows_no_other(pool: Pool) -> None:
     (seen,) = pool.run(evaluated_and_trained, 1, CASE)
     assert seen["evaluated"][0] == seen["evaluated"][1]
     assert seen["losses"][0] == seen["losses"][1]
-    assert seen["observers"] == [None]
+    assert seen["observers"] == [None, None]
     assert list(seen["auxiliary"][0]) == ["entropy_loss"] and seen["auxiliary"][1] == {}
-    assert seen["total"] == (seen["losses"][0] + seen["auxiliary"][0]["entropy_loss"], seen["losses"][1])
+    assert seen["total"] == [seen["losses"][0] + seen["auxiliary"][0]["entropy_loss"], seen["losses"][1]]
+
+
+def largest_made(case: Case, recompute: Literal["none", "full"], n: int) -> int:
+    """Elements of the largest tensor that a step on one row of so many tokens makes."""
+    model = build(case, ParallelConfig(recompute=recompute), "fp32")
+    batch = random_batch(1, n, isolated=False)
+    with Largest() as largest:
+        model.train(batch, NextToken(), 1.0)
+    return largest.elements
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_no_tensor_is_a_map_of_all_heads(pool: Pool, recompute: str) -> None:
+    """Of four heads and 512 tokens it would have 2^20 elements; the logits have 2^15."""
+    case = replace(CASE, num_layers=2, entropy=replace(MEAN, queries_at_once=16))
+    (elements,) = pool.run(largest_made, 1, case, recompute, 512)
+    assert elements == 4 * 16 * 512
 
 
 def thresholds_after(case: Case, lr: float) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -276,12 +292,3 @@ def test_it_continues_in_another_layout(pool: Pool, tmp_path: Path, by: str, the
     wanted = written_and_read(pool, CASE, tmp_path / "alone", "alone", "alone", "fp64")
     assert "layers.0.mixer.entropy_threshold.exp_avg" in wanted[0]["moments"]
     assert_continued(written_and_read(pool, CASE, tmp_path / "moved", by, then, "fp64"), wanted, BOUNDS["fp64"])
-
-
-def what_is_told(case: Case, parallel: ParallelConfig) -> list[str]:
-    return sorted(whole(build(case, parallel, "fp64"), dict(told(build(case, parallel, "fp64")))))
-
-
-def test_without_a_weight_nothing_stands_beside_the_model(pool: Pool) -> None:
-    (names,) = pool.run(what_is_told, 1, replace(CASE, entropy=None), ParallelConfig())
-    assert not [name for name in names if "threshold" in name]

@@ -115,7 +115,7 @@ def test_entropies_of_bf16_are_fp32() -> None:
     torch.testing.assert_close(found.double(), query_entropies(some_map()), rtol=0.05, atol=0.02)
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,7 +128,7 @@ class _Largest(TorchDispatchMode):
 def test_the_map_is_never_there_at_once() -> None:
     n, at_once = 256, 16
     q, k = (torch.randn(1, n, heads, D).requires_grad_() for heads in (H, G))
-    with _Largest() as largest:
+    with Largest() as largest:
         query_entropies(AttentionMap(q, k, Visible(n, n), 1.0), at_once).sum().backward()
     assert largest.elements == H * at_once * n
     held: list[Tensor] = []
