@@ -83,6 +83,7 @@ class SpreadEntropyPenalty:
 
     def _begin(self, stage: nn.Module, args: tuple[Any, ...]) -> None:
         # One for each forward pass: under a pipeline several are under way, and backward may go through one again.
+        assert stage.observer is None, "a training step has one observer"
         stage.observer = _OneForward(self)
 
     def finish(self) -> float:
