@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -12,12 +13,14 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from model.batch import Batch
 from model.config import Architecture
+from model.entropy import EntropyPenalty
 from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
 from model.reparam import ReparamConfig
 from model.stack import Model
 from parallel.collectives import sum_lists
 from parallel.context import SequenceCut
 from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
+from parallel.entropy import SpreadEntropyPenalty, threshold_name
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, recompute_blocks
@@ -86,6 +89,7 @@ class Spread:
             their gradients have to be. Those names are of the whole model.
         kept: name -> state that is no gradient's (vectors of a power iteration), whole and alike on every process.
         reparam: what parameters stand for, where that is not what is multiplied.
+        auxiliary: name -> what the last `train` came to beside the nats: means over the whole global batch.
         uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
@@ -112,6 +116,8 @@ class Spread:
         self.beside: dict[str, nn.Parameter] = {}
         self.kept: dict[str, Tensor] = {}
         self.reparam = SigmaReparam(self, reparam) if reparam.kind == "sigma" else PlainWeights()
+        self.auxiliary: dict[str, float] = {}
+        self._entropy: SpreadEntropyPenalty | None = None
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -204,24 +210,41 @@ class Spread:
         if (copied := self._copy()) is not None:
             copied.requires_grad_("embedding.weight" not in names)
 
+    def penalise_entropy(self, penalty: EntropyPenalty) -> list[str]:
+        """From now on training is on this penalty, too; the names of its thresholds, which are trained beside."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self._entropy = SpreadEntropyPenalty(penalty, self.uncut, self.mesh, self._region, self.device, wide)
+        thresholds = {threshold_name(layer): theta for layer, theta in self._entropy.thresholds.items()}
+        self.beside |= thresholds
+        return list(thresholds)
+
     def train(self, batch: Batch, objective: Objective, scale: float) -> float:
-        """Gradients of `scale` times the nats of this process's share of the batch, of whole rows. Collective.
+        """Gradients of `scale` times the nats of this process's share of the batch, of whole rows, and of the auxiliary
+        losses, which are means over the global batch. Collective.
 
         Returns:
             The nats of its piece of these rows, on one of the processes that have the piece; 0 on the others.
         """
+        sequences = len(batch.tokens) * self.layout.data_parallel
         batch, scale = self._piece(batch), scale * self.gradient_divisor
-        if self.pipeline is not None:
-            nats = self.pipeline.train(batch, objective, scale)
-        else:
-            nats = torch.zeros((), dtype=torch.float64, device=self.device)
-            for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
-                synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
-                part_nats = loss_sum(self.stages[0], objective, part)
-                (part_nats * scale).backward()
-                nats += part_nats.detach()
+        entropy = self._entropy
+        with entropy.watching(self.stages, sequences, self.gradient_divisor) if entropy else nullcontext():
+            nats = self._train(batch, objective, scale)
         self._finish_gradients()
+        self.auxiliary = {} if entropy is None else {"entropy_loss": entropy.finish()}
         return nats.item() if self._speaks else 0.0
+
+    def _train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches; their nats."""
+        if self.pipeline is not None:
+            return self.pipeline.train(batch, objective, scale)
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
+            synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
+            part_nats = loss_sum(self.stages[0], objective, part)
+            (part_nats * scale).backward()
+            nats += part_nats.detach()
+        return nats
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> float:

@@ -21,6 +21,7 @@ from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
 from trainer.metrics import MetricsConfig
+from trainer.objective import ObjectiveConfig
 
 
 class Refused(ValueError):
@@ -60,14 +61,6 @@ class RunConfig:
     a step folder to go on from."""
     allow_change: list[str] = field(default_factory=list)
     """Keys outside [run] [parallel] [checkpoint] [metrics] that may differ from the checkpoint's."""
-
-
-@dataclass
-class ObjectiveConfig:
-    """`[objective]`"""
-
-    kind: Literal["next_token"] = "next_token"
-    """What is minimised: next-token cross-entropy."""
 
 
 @dataclass
@@ -234,6 +227,7 @@ def config_from_tables(
     model, architecture = build_architecture(tables, faults, allow_code=allow_code)
     faults += _section_faults(sections, model)
     faults += _reparam_faults(sections, architecture)
+    faults += _objective_faults(sections, architecture)
     world_size = process.world_size if process is not None else world_size
     if world_size is not None:
         faults += _layout_faults(sections, architecture, world_size)
@@ -376,6 +370,18 @@ def _reparam_faults(sections: dict[str, Any], architecture: Architecture | None)
         model = Model(architecture)
     frozen = [] if run is None else run.freeze
     return faults + reparam_faults(model, reparam, has_weights=architecture.model.init_from is not None, frozen=frozen)
+
+
+def _objective_faults(sections: dict[str, Any], architecture: Architecture | None) -> list[str]:
+    """What the objective cannot be with this model and the other sections; what could not be read is left out."""
+    objective, run, optimizer = sections["objective"], sections["run"], sections["optimizer"]
+    if objective is None:
+        return []
+    return objective.faults(
+        None if architecture is None else [architecture.mixers[name][0] for name in architecture.mixer_names],
+        compiled=run is not None and run.compile,
+        lr=None if optimizer is None else optimizer.lr,
+    )
 
 
 def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, world_size: int) -> list[str]:

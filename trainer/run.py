@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.data.evaluation import validation_sets
 from trainer.data.training import TrainingData
 from trainer.metrics import MetricsLog, last_record
+from trainer.objective import add_auxiliary_losses
 from trainer.optimizer import build_optimizer
 from trainer.progress import Progress
 from trainer.resume import Plan, checkpoint_files
@@ -76,6 +77,8 @@ class Run:
         return {
             "step": self.counters.step,
             "loss": outcome.loss,
+            **outcome.auxiliary,
+            **({"total_loss": outcome.total_loss} if outcome.auxiliary else {}),
             "grad_norm": outcome.grad_norm,
             "tokens": self.counters.tokens,
             "lr": lr,
@@ -113,7 +116,8 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         reparam=config.reparam,
     )
     model.initialise(config.run.seed)
-    optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
+    lr_factors = add_auxiliary_losses(model, config)
+    optimizer = build_optimizer(model, config.optimizer, config.run.freeze, lr_factors)
     counters = _restore(plan, model, optimizer)
     status.step = counters.step
     share = config.data.global_batch_size // mesh.layout.data_parallel

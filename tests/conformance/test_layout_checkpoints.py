@@ -154,13 +154,13 @@ def assert_bit_equal(pool: Pool, case: Case, tmp_path: Path, name: str, precisio
 
 
 def straight_on(case: Case, parallel: ParallelConfig, precision: str) -> dict[str, Any]:
-    from tests.conformance.layouts import LR, beside, build, share_of, speaks, updater_of, whole
+    from tests.conformance.layouts import LR, beside, build, share_of, speaks, told, updater_of, whole
 
     model = build(case, parallel, precision)
     updater = updater_of(model, case)
     updater.update(share_of(model, 1, case.isolated), 1, lr=LR)
     outcome = updater.update(share_of(model, 2, case.isolated), 2, lr=LR)
-    parameters = whole(model, dict(model.parameters))
+    parameters = whole(model, dict(told(model)))
     return {
         "losses": [outcome.loss],
         "norms": [outcome.grad_norm],
