@@ -57,7 +57,7 @@ def test_a_product_equals_one_process(pool: Pool, alone: Alone, name: str) -> No
 OTHERS: dict[str, dict[str, Any]] = {
     "q and k together": {"qkv_grouping": "qk+v"},
     "q, k and v one, gains of 1": {"qkv_grouping": "fused", "gain_init": "one"},
-    "the head, too": {"targets": ["layers.*", "head.weight"], "gain_init": 0.5},
+    "the head, too": {"targets": ["layers.*", "head.weight"]},
     "one vector, no decay": {"vectors": 1, "decay": False},
     "sigma held constant": {"through_sigma": False},
 }
