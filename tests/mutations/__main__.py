@@ -17,10 +17,11 @@ from tests.mutations.fault import Fault
 from tests.mutations.general import FAULTS as GENERAL
 from tests.mutations.layouts import FAULTS as IN_LAYOUTS
 from tests.mutations.objectives import FAULTS as IN_OBJECTIVES
+from tests.mutations.reparam import FAULTS as OF_REPARAM
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_OBJECTIVES]
+FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_OBJECTIVES, *OF_REPARAM]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600
