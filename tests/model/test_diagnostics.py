@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -177,7 +178,7 @@ def test_sampled_queries_are_spread_and_end_with_the_last(n: int, count: int | N
     queries = Sample.of((1, n), None, torch.device("cpu"), count).queries_R.tolist()
     assert len(queries) == min(n, count or n) == len(set(queries))
     assert queries[-1] == n - 1 and queries == sorted(queries) and queries[0] >= 0
-    gaps = {b - a for a, b in zip(queries, queries[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(queries)}
     assert max(gaps, default=1) - min(gaps, default=1) <= 1
 
 

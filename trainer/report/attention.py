@@ -1,4 +1,4 @@
-"""The part of the page about attention: heat maps of the last diagnosis, its numbers by layer, curves of the scalars."""
+"""The part of the page about attention: heat maps of the last diagnosis, its numbers by layer, scalars over steps."""
 
 from __future__ import annotations
 
