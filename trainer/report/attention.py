@@ -143,8 +143,9 @@ def _over_heads(rows: list[Any], layer: int, how: str) -> str:
     numbers = [value for value in (row if isinstance(row, list) else [row]) if is_number(value)]
     if not numbers:
         return "–"
-    value = {"min": min, "max": max, "mean": lambda all_: sum(all_) / len(all_)}[how](numbers)
-    return number(value, 3)
+    if how == "mean":
+        return number(sum(numbers) / len(numbers), 3)
+    return number(min(numbers) if how == "min" else max(numbers), 3)
 
 
 def _matrices(found: dict[str, Any]) -> str:
