@@ -48,7 +48,7 @@ def _heat_maps(found: dict[str, Any]) -> str:
     if (entropy := _matrix(found, "entropy_norm")) is not None:
         drawn.append(_heat_map("entropy", "Entropy", "normalised: 0 one key, 1 all alike", entropy, "cool"))
     # Where no document was long enough for a window, what the first token gets of all that was looked at.
-    for key, unit in (("sink", "in the first 64 tokens of documents"), ("first_weight", "in whole rows")):
+    for key, unit in (("sink", "in windows of 64"), ("first_weight", "in whole rows")):
         if (weight := _matrix(found, key)) is not None:
             drawn.append(_heat_map("sink", "Weight of the first token", unit, weight, "warm"))
             break
@@ -140,7 +140,7 @@ def _by_layer(found: dict[str, Any]) -> str:
 
 def _over_heads(rows: list[Any], layer: int, how: str) -> str:
     row = rows[layer] if layer < len(rows) else None
-    numbers = [value for value in (row if isinstance(row, list) else [row]) if is_number(value)]
+    numbers: list[float] = [value for value in (row if isinstance(row, list) else [row]) if is_number(value)]
     if not numbers:
         return "–"
     if how == "mean":

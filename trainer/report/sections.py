@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainer.report.read import Event, Run
 from trainer.report.text import compact, duration, escape, number, size
@@ -81,7 +81,7 @@ def evaluation(run: Run) -> str:
     return f"<h2>Evaluation{bars}</h2>{table([('Data', ''), ('', ''), *names], rows)}"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether JSON had a number there."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
