@@ -74,7 +74,7 @@ def random_batch(options: argparse.Namespace, seed: int) -> Batch:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds of a step and of a diagnosis, medians of each round."""
+    """Seconds of a step and of a diagnosis, by the clock and of the processor; medians of each round."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     updater, diagnostics = build(options, device), Diagnostics(1)
     rounds = []
@@ -86,16 +86,20 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
             steps.append(timed(device, lambda batch=batch, seed=seed: updater.update(batch, seed + 1, 1e-4)))
             if step % 2:
                 alone.append(timed(device, lambda batch=batch: diagnostics.record(updater.model, batch, 1)))
-        rounds.append({"step": statistics.median(steps), "diagnosis": statistics.median(alone)})
+        medians = {}
+        for name, times in (("step", steps), ("diagnosis", alone)):
+            medians[name], medians[f"{name}_cpu"] = (statistics.median(one) for one in zip(*times, strict=True))
+        rounds.append(medians)
     return rounds[1:]
 
 
-def timed(device: torch.device, work: Any) -> float:
-    began = time.perf_counter()
+def timed(device: torch.device, work: Any) -> tuple[float, float]:
+    """Seconds by the clock, and of this process's threads: what others do on the machine is in the first alone."""
+    began, began_cpu = time.perf_counter(), time.process_time()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - began_cpu
 
 
 def main() -> int:
@@ -117,7 +121,9 @@ def main() -> int:
             dist.destroy_process_group()
     step, diagnosis = (statistics.median(found[key] for found in rounds) for key in ("step", "diagnosis"))
     share = statistics.median(found["diagnosis"] / found["step"] for found in rounds)
+    share_cpu = statistics.median(found["diagnosis_cpu"] / found["step_cpu"] for found in rounds)
     print(f"a step {1000 * step:.1f} ms, a diagnosis {1000 * diagnosis:.1f} ms: {share:.1%} of a step")
+    print(f"of processor time {share_cpu:.1%}")
     print(f"every {EVERY} steps: {share / EVERY:.2%} of training (bound {BOUND:.0%})")
     record = {
         "benchmark": "diagnostics_cost",
@@ -129,6 +135,7 @@ def main() -> int:
         "size": {name: getattr(options, name) for name in sizes} | {"packed": options.packed},
         "rounds": rounds,
         "diagnosis_over_step": share,
+        "diagnosis_over_step_cpu": share_cpu,
         "share_of_training": share / EVERY,
         "every_steps": EVERY,
         "note": options.note,

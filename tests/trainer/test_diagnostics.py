@@ -214,3 +214,16 @@ def test_a_model_that_is_not_there_is_refused(data: str, tmp_path: Path) -> None
     assert code == 2 and "nowhere does not exist" in said
     code, said = headway("diagnose", str(write_step(tmp_path / "step", LLAMA)), "--data", str(tmp_path / "none"))
     assert code == 2 and "none" in said
+
+
+def test_code_that_a_checkpoint_names_is_imported_only_if_allowed(
+    data: str, tmp_path: Path, own_package: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a mixer of one's own that is made of ours is looked at like ours."""
+    tables = decoder({"own": {"kind": "mixing.mixers:Halved", "num_heads": 4}}, SWIGLU, num_layers=1, vocab_size=VOCAB)
+    step = write_step(tmp_path / "step", tables, allow_code=True)
+    flags = ("--data", data, "--rows", "1", "--seq-len", "30")
+    code, said = headway("diagnose", str(step), *flags)
+    assert code == 2 and "--allow-code" in said
+    assert headway("diagnose", str(step), *flags, "--allow-code") == (0, "")
+    assert "attention_entropy_min" in capsys.readouterr().out
