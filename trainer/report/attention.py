@@ -114,15 +114,15 @@ def _told(rows: Rows) -> str:
 
 
 _COLUMNS = (
-    ("entropy", "Entropy, nats", "mean"),
+    ("entropy", "Entropy", "mean"),
     ("entropy", "Lowest head", "min"),
     ("entropy_norm", "Normalised", "mean"),
     ("effective_keys", "Effective keys", "mean"),
     ("logit_max", "Largest logit", "max"),
-    ("sink", "Sink, 64 tokens", "mean"),
-    ("first_weight", "First token gets", "mean"),
-    ("residual_max", "Largest residual", "max"),
-    ("first_norm_ratio", "First / median norm", "max"),
+    ("sink", "Sink", "mean"),
+    ("first_weight", "First token", "mean"),
+    ("residual_max", "Residual", "max"),
+    ("first_norm_ratio", "First norm", "max"),
 )
 
 
