@@ -109,6 +109,7 @@ class Mixer(Layer):
     Attributes:
         context: what crosses a cut of the sequence.
         bidirectional: whether `ctx.causal` may be false.
+        has_attention_map: whether it has weights by which a query mixes keys, and shows them to `ctx.observer`.
         full_width_norm: name of a norm over all heads together, if there is one. What it gives reaches the output
             projection through products alone (gates), so that its factor, one number a token, may come after: where
             heads are spread over ranks, no rank has the sum of squares before.
@@ -117,6 +118,7 @@ class Mixer(Layer):
 
     context: ClassVar[Crossing]
     bidirectional: ClassVar[bool] = True
+    has_attention_map: ClassVar[bool] = False
     full_width_norm: ClassVar[str | None] = None
     examples: ClassVar[list[dict[str, Any]]] = [{"num_heads": 4}]
     output_projection = "o"

@@ -50,7 +50,7 @@ def initialise(model: Model, seed: int, device: torch.device, view: View = lambd
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = view(name, parameter)
-            local, rows, columns = _held(whole)
+            local, rows, columns = held(whole)
             part = draw(name, inits[name], whole.shape, seed, rows)
             local.copy_(part[(slice(None), *columns)])
 
@@ -59,11 +59,11 @@ def fill(parameters: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
     """Copy values into parameters, as parts of the whole model's. `read` gives a whole parameter by its name."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            local, rows, columns = _held(parameter)
+            local, rows, columns = held(parameter)
             local.copy_(read(name)[rows.start : rows.stop][(slice(None), *columns)])
 
 
-def _held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
+def held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
     """The part of a parameter in this process's memory: the tensor, its global rows, and its slices in the rest."""
     if not isinstance(parameter, DTensor):
         return parameter, range(parameter.shape[0]), ()

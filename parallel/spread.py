@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -13,15 +14,19 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from model.attention import Observer
 from model.batch import Batch
 from model.config import Architecture
+from model.entropy import EntropyPenalty
 from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
+from model.reparam import ReparamConfig
 from model.stack import Model
 from parallel.collectives import sum_lists
 from parallel.context import SequenceCut
 from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
+from parallel.entropy import SpreadEntropyPenalty, threshold_name
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, observed, recompute_blocks
 from parallel.region import Region
+from parallel.reparam import PlainWeights, SigmaReparam
 from parallel.tensor import Cuts, cut
 from parallel.vocabulary import VocabularyCrossEntropy
 
@@ -37,12 +42,14 @@ def spread(
     seq_len: int,
     recompute: Recompute = "none",
     compiled: bool = False,
+    reparam: ReparamConfig | None = None,
 ) -> Spread:
     """Build this process's part of a model, on the meta device: stage, tensor-parallel share, FSDP shards.
 
     Args:
         precision: of matrix products: bf16, fp32 or fp64.
         seq_len: for which the stages of a pipeline are balanced.
+        reparam: which matrices are reparametrised; `reparam.begin()` once they have values. Default: none.
     """
     layout = mesh.layout
     with torch.device("meta"):
@@ -68,7 +75,7 @@ def spread(
         if compiled:
             compile_blocks(stage)
         shard(stage, mesh.data, bf16=precision == "bf16", keep_gathered=layout.pp > 1)
-    return Spread(uncut, mesh, device, stages, cuts, region, DTYPES[precision])
+    return Spread(uncut, mesh, device, stages, cuts, region, DTYPES[precision], reparam or ReparamConfig())
 
 
 class Spread:
@@ -81,6 +88,9 @@ class Spread:
         beside: name -> small parameters that are trained with the model and are no part of it (the gains of
             reparametrised matrices, thresholds of an objective): plain tensors, whole and alike on every process, as
             their gradients have to be. Those names are of the whole model.
+        kept: name -> state that is no gradient's (vectors of a power iteration), whole and alike on every process.
+        reparam: what parameters stand for, where that is not what is multiplied.
+        auxiliary: name -> what the last `train` came to beside the nats: means over the whole global batch.
         uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
@@ -93,6 +103,7 @@ class Spread:
         cuts: list[Cuts],
         region: Region | None,
         dtype: torch.dtype,
+        reparam: ReparamConfig,
     ):
         self.uncut, self.architecture = uncut, uncut.architecture
         self.mesh, self.layout, self.device = mesh, mesh.layout, device
@@ -104,6 +115,10 @@ class Spread:
             self.cuts.summed |= part.summed
         self.frozen: set[str] = set()
         self.beside: dict[str, nn.Parameter] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.reparam = SigmaReparam(self, reparam) if reparam.kind == "sigma" else PlainWeights()
+        self.auxiliary: dict[str, float] = {}
+        self._entropy: SpreadEntropyPenalty | None = None
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -134,9 +149,9 @@ class Spread:
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor like the parameter `name` (itself, its gradient, a moment) as a part of the whole model's.
 
-        It shares memory with what is given. Alone, that is the tensor itself; of `beside` it always is.
+        It shares memory with what is given. Alone, that is the tensor itself; of `beside` and `kept` it always is.
         """
-        if name in self.beside:
+        if name in self.beside or name in self.kept:
             return tensor
         if self.mesh.whole.size() == 1 and not isinstance(tensor, DTensor):
             return tensor
@@ -170,6 +185,7 @@ class Spread:
             initialise(stage, seed, self.device, self.whole)
         # What was on the meta device has been exchanged. (And while FSDP has parameters gathered, modules name others.)
         self.parameters = self._named_parameters()
+        self.reparam.allocate()
         self.update_copies()
 
     def allocate(self) -> None:
@@ -182,6 +198,7 @@ class Spread:
                 for block in stage.layers.values():
                     block.mixer.remake_buffers()
         self.parameters = self._named_parameters()
+        self.reparam.allocate()
 
     def freeze(self, names: set[str]) -> None:
         """Train all parameters but these, of the whole model's."""
@@ -190,27 +207,45 @@ class Spread:
             parameter.requires_grad_(name not in names)
         for name, parameter in self.beside.items():
             parameter.requires_grad_(name not in names)
+        self.reparam.freeze(names)
         if (copied := self._copy()) is not None:
             copied.requires_grad_("embedding.weight" not in names)
 
+    def penalise_entropy(self, penalty: EntropyPenalty) -> list[str]:
+        """From now on training is on this penalty, too; the names of its thresholds, which are trained beside."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self._entropy = SpreadEntropyPenalty(penalty, self.uncut, self.mesh, self._region, self.device, wide)
+        thresholds = {threshold_name(layer): theta for layer, theta in self._entropy.thresholds.items()}
+        self.beside |= thresholds
+        return list(thresholds)
+
     def train(self, batch: Batch, objective: Objective, scale: float) -> float:
-        """Gradients of `scale` times the nats of this process's share of the batch, of whole rows. Collective.
+        """Gradients of `scale` times the nats of this process's share of the batch, of whole rows, and of the auxiliary
+        losses, which are means over the global batch. Collective.
 
         Returns:
             The nats of its piece of these rows, on one of the processes that have the piece; 0 on the others.
         """
+        sequences = len(batch.tokens) * self.layout.data_parallel
         batch, scale = self._piece(batch), scale * self.gradient_divisor
-        if self.pipeline is not None:
-            nats = self.pipeline.train(batch, objective, scale)
-        else:
-            nats = torch.zeros((), dtype=torch.float64, device=self.device)
-            for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
-                synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
-                part_nats = loss_sum(self.stages[0], objective, part)
-                (part_nats * scale).backward()
-                nats += part_nats.detach()
+        entropy = self._entropy
+        with entropy.watching(self.stages, sequences, self.gradient_divisor) if entropy else nullcontext():
+            nats = self._train(batch, objective, scale)
         self._finish_gradients()
+        self.auxiliary = {} if entropy is None else {"entropy_loss": entropy.finish()}
         return nats.item() if self._speaks else 0.0
+
+    def _train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches; their nats."""
+        if self.pipeline is not None:
+            return self.pipeline.train(batch, objective, scale)
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
+            synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
+            part_nats = loss_sum(self.stages[0], objective, part)
+            (part_nats * scale).backward()
+            nats += part_nats.detach()
+        return nats
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> float:

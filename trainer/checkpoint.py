@@ -56,15 +56,16 @@ def training_state(model: Spread, optimizer: torch.optim.Optimizer, counters: Co
             }
     counts = {key: torch.tensor(value, dtype=torch.int64) for key, value in asdict(counters).items()}
     state = {"model": model.whole_parameters(), "optimizer": moments, "counters": counts}
-    return state | ({"beside": dict(model.beside)} if model.beside else {})
+    beside = model.beside | model.kept
+    return state | ({"beside": beside} if beside else {})
 
 
 def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Optimizer) -> Counters:
     """Read a step folder into the model and the optimizer, in whatever layout they are. Collective.
 
     A parameter that was frozen when the folder was written (`run.freeze` may change), or updated by another optimizer,
-    starts with a fresh optimizer state; of one that is frozen now, the stored state is left unread. What was not
-    trained beside the model then keeps its initial value.
+    starts with a fresh optimizer state; of one that is frozen now, the stored state is left unread. What did not stand
+    beside the model then begins anew.
     """
     state = training_state(model, optimizer, Counters())
     stored = tensor_shapes(folder, "optimizer.")
@@ -74,8 +75,10 @@ def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Opti
         if all(f"{name}.{key}" in stored for key in moments)
     }
     beside = tensor_shapes(folder, "beside.")
-    state["beside"] = {name: parameter for name, parameter in model.beside.items() if name in beside}
+    state["beside"] = {name: x for name, x in (model.beside | model.kept).items() if name in beside}
     read_tensors(state, folder)
+    if not model.kept.keys() <= beside.keys():
+        model.reparam.begin()
     model.update_copies()
     return Counters(**{key: int(value) for key, value in state["counters"].items()})
 

@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from model.config import Architecture, ModelConfig
+from model.reparam import ReparamConfig, reparam_faults
 from model.settings import architecture_tables, build, build_architecture, without_none
+from model.stack import Model
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
 from trainer.metrics import MetricsConfig
+from trainer.objective import ObjectiveConfig
 
 
 class Refused(ValueError):
@@ -56,14 +61,6 @@ class RunConfig:
     a step folder to go on from."""
     allow_change: list[str] = field(default_factory=list)
     """Keys outside [run] [parallel] [checkpoint] [metrics] that may differ from the checkpoint's."""
-
-
-@dataclass
-class ObjectiveConfig:
-    """`[objective]`"""
-
-    kind: Literal["next_token"] = "next_token"
-    """What is minimised: next-token cross-entropy."""
 
 
 @dataclass
@@ -127,6 +124,7 @@ class CheckpointConfig:
 
 SECTIONS: dict[str, type] = {
     "run": RunConfig,
+    "reparam": ReparamConfig,
     "objective": ObjectiveConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
@@ -147,6 +145,7 @@ class Config:
     """A whole configuration, valid in itself. `tables` is its resolved TOML."""
 
     run: RunConfig
+    reparam: ReparamConfig
     objective: ObjectiveConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -218,9 +217,7 @@ def config_from_tables(
     tables = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     faults = _apply_overrides(tables, overrides)
     known = [*SECTIONS, *MODEL_SECTIONS]
-    if "reparam" in tables:
-        faults.append("[reparam]: this version has no reparametrisation; leave the section out.")
-    for name in [name for name in tables if name not in (*known, "reparam")]:
+    for name in [name for name in tables if name not in known]:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         faults.append(f"[{name}] is no section; the nearest known section is [{near[0]}].")
     for name in [name for name in tables if name in known and not isinstance(tables[name], dict)]:
@@ -229,6 +226,8 @@ def config_from_tables(
     sections = {name: build(cls, name, tables.get(name, {}), faults) for name, cls in SECTIONS.items()}
     model, architecture = build_architecture(tables, faults, allow_code=allow_code)
     faults += _section_faults(sections, model)
+    faults += _reparam_faults(sections, architecture)
+    faults += _objective_faults(sections, architecture)
     world_size = process.world_size if process is not None else world_size
     if world_size is not None:
         faults += _layout_faults(sections, architecture, world_size)
@@ -267,7 +266,10 @@ def _read_value(text: str) -> Any:
         return text
 
 
-_LISTS = {"run.freeze", "run.allow_change", "data.train", "data.validation", "model.pattern", "metrics.sinks"}
+_LISTS = {
+    *("run.freeze", "run.allow_change", "model.pattern", "reparam.targets"),
+    *("data.train", "data.validation", "metrics.sinks"),
+}
 
 
 def _set(tables: dict[str, Any], path: list[str], value: Any) -> None:
@@ -349,6 +351,37 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
     if data is not None and model is not None and model.positions == "learned" and data.seq_len > model.max_positions:
         faults.append(f"data.seq_len = {data.seq_len} is more than model.max_positions = {model.max_positions}.")
     return faults
+
+
+def _reparam_faults(sections: dict[str, Any], architecture: Architecture | None) -> list[str]:
+    """Whether matrices of this model can be reparametrised so, and trained so."""
+    reparam, run, optimizer = (sections[name] for name in ("reparam", "run", "optimizer"))
+    if reparam is None or reparam.kind == "none":
+        return []
+    faults = []
+    if optimizer is not None and optimizer.kind == "muon" and not reparam.decay:
+        faults.append(
+            'reparam.decay = false, but with optimizer.kind = "muon" one weight_decay serves all matrices of layers: '
+            "set optimizer.weight_decay = 0."
+        )
+    if architecture is None:
+        return faults + reparam.faults()
+    with torch.device("meta"):
+        model = Model(architecture)
+    frozen = [] if run is None else run.freeze
+    return faults + reparam_faults(model, reparam, has_weights=architecture.model.init_from is not None, frozen=frozen)
+
+
+def _objective_faults(sections: dict[str, Any], architecture: Architecture | None) -> list[str]:
+    """What the objective cannot be with this model and the other sections; what could not be read is left out."""
+    objective, run, optimizer = sections["objective"], sections["run"], sections["optimizer"]
+    if objective is None:
+        return []
+    return objective.faults(
+        None if architecture is None else [architecture.mixers[name][0] for name in architecture.mixer_names],
+        compiled=run is not None and run.compile,
+        lr=None if optimizer is None else optimizer.lr,
+    )
 
 
 def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, world_size: int) -> list[str]:

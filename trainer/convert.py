@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import tomli_w
 import torch
+from safetensors.torch import save_file
 
 from model.config import Architecture
 from model.files import new_folder, write_json
@@ -19,8 +21,9 @@ from model.folders import MANIFEST, describe_files
 from model.hf.bundle import FLOORS
 from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, judge, native_logits
 from model.hf.export import DTYPES, Facts, parse_size, read_tokens, write_configuration, write_folder
-from model.hf.folder import is_hugging_face_folder
+from model.hf.folder import CONFIG, is_hugging_face_folder
 from model.hf.formats import choose_format
+from model.hf.released import ReleasedFiles
 from model.hf.source import HuggingFaceFolder, Source, StepFolder, open_model
 from model.settings import architecture_tables
 from model.shards import write_tensors
@@ -157,7 +160,15 @@ def _write_step_folder(out: Path, source: HuggingFaceFolder, architecture: Archi
 
 @contextmanager
 def _readable_by_transformers(source: HuggingFaceFolder, architecture: Architecture) -> Any:
-    """(folder, whether its code is ours and may run): where transformers has no class, the weights beside our own."""
+    """(folder, whether its code is ours and may run): where transformers has no class, the weights beside our own, and
+    where it does not know what is multiplied, that."""
+    if isinstance(source.files, ReleasedFiles):
+        with TemporaryDirectory() as temporary:
+            tensors = {name: source.files.read(name).contiguous() for name in source.files.shapes}
+            save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+            shutil.copy(source.folder / CONFIG, temporary)
+            yield Path(temporary), False
+        return
     if source.format.code is None:
         yield source.folder, False
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from parallel.spread import Spread
 from trainer.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: Spread, config: OptimizerConfig, frozen: list[str], lr_factors: Mapping[str, float] = {}
+) -> torch.optim.Optimizer:
     """AdamW, or Muon beside it, with weight decay on matrices only.
 
     Muon updates the matrices of layers that weight decay touches; embedding, positions, head, norms, biases and what
@@ -23,26 +26,32 @@ def build_optimizer(model: Spread, config: OptimizerConfig, frozen: list[str]) -
 
     Args:
         frozen: patterns of parameter names that are not trained.
+        lr_factors: name -> what multiplies the learning rate of something trained beside the model; 1 where absent.
 
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
     names = [name for name, _ in model.uncut.named_parameters()]
     model.freeze(frozen_names([*names, *model.beside], frozen))
-    undecayed = {name for stage in model.stages for name in undecayed_names(stage)}
+    undecayed = {name for stage in model.stages for name in undecayed_names(stage)} | model.reparam.undecayed
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
+    beside: dict[float, list[Tensor]] = {}
     matrices: list[str] = []
     for name, parameter in model.learned.items():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim >= 2 and name not in undecayed
-        if config.kind == "muon" and decayed and parameter.ndim == 2 and name.startswith("layers."):
+        if name in model.beside:
+            # Plain tensors, which a fused update does not take together with sharded ones.
+            beside.setdefault(lr_factors.get(name, 1.0), []).append(parameter)
+        elif config.kind == "muon" and decayed and parameter.ndim == 2 and name.startswith("layers."):
             matrices.append(name)
         else:
             groups[config.weight_decay if decayed else 0.0].append(parameter)
     adamw = torch.optim.AdamW(
         # A stage of a pipeline may have nothing for one of the groups, or nothing that is trained at all.
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+        + [{"params": found, "weight_decay": 0.0, "lr_factor": factor} for factor, found in beside.items()],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -102,6 +111,6 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for every group."""
+    """The same learning rate for every group, times the factor that a group may have."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)

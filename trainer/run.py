@@ -23,6 +23,7 @@ from trainer.data.evaluation import validation_sets
 from trainer.data.training import TrainingData
 from trainer.diagnostics import Diagnostics
 from trainer.metrics import MetricsLog, last_record
+from trainer.objective import add_auxiliary_losses
 from trainer.optimizer import build_optimizer
 from trainer.progress import Progress
 from trainer.resume import Plan, checkpoint_files
@@ -78,6 +79,8 @@ class Run:
         return {
             "step": self.counters.step,
             "loss": outcome.loss,
+            **outcome.auxiliary,
+            **({"total_loss": outcome.total_loss} if outcome.auxiliary else {}),
             "grad_norm": outcome.grad_norm,
             "tokens": self.counters.tokens,
             "lr": lr,
@@ -112,9 +115,11 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         seq_len=config.data.seq_len,
         recompute=config.parallel.recompute,
         compiled=config.run.compile,
+        reparam=config.reparam,
     )
     model.initialise(config.run.seed)
-    optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
+    lr_factors = add_auxiliary_losses(model, config)
+    optimizer = build_optimizer(model, config.optimizer, config.run.freeze, lr_factors)
     counters = _restore(plan, model, optimizer)
     status.step = counters.step
     share = config.data.global_batch_size // mesh.layout.data_parallel
@@ -171,6 +176,7 @@ def _restore(plan: Plan, model: Spread, optimizer: torch.optim.Optimizer) -> Cou
         return load_training_state(plan.resume_from, model, optimizer)
     if plan.init_from is not None:
         load_weights(open_model(plan.init_from), model)
+    model.reparam.begin()
     return Counters()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,12 +19,20 @@ from trainer.signals import StopRequest
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step came to. `loss` in nats per counted token; `stop`: some rank was asked to stop."""
+    """What one step came to. `loss` in nats per counted token; `stop`: some rank was asked to stop.
+
+    `auxiliary`: name -> what else was minimised, with its weight; `total_loss`: all of it.
+    """
 
     loss: float
     grad_norm: float
     skipped: bool
     stop: bool
+    auxiliary: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_loss(self) -> float:
+        return self.loss + sum(self.auxiliary.values())
 
 
 class Updater:
@@ -60,16 +68,18 @@ class Updater:
         nats = self.model.train(batch, self.objective, 1.0 / max(counted, 1.0))
         total_nats, stops = sum_over_ranks([nats, float(self.stop.requested)])
         loss = total_nats / max(counted, 1.0)
+        self.model.reparam.complete_gradients()
         norm = gradient_norm([p.grad for p in self.counted if p.grad is not None], self.model.device).item()
-        # Both numbers are the same on all ranks, so all of them skip or none does.
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        # These numbers are the same on all ranks, so all of them skip or none does.
+        skipped = not all(map(math.isfinite, (loss, norm, *self.model.auxiliary.values())))
         if not skipped:
             clip_gradients([p.grad for p in self.trained if p.grad is not None], norm, self.grad_clip)
             set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
+            with self.model.reparam.raw_weights():
+                self.optimizer.step()
             self.model.update_copies()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(loss, norm, skipped, stop=stops > 0)
+        return Outcome(loss, norm, skipped, stop=stops > 0, auxiliary=self.model.auxiliary)
 
 
 def seed_generators(seed: int, step: int, share: int) -> None:

@@ -1,4 +1,4 @@
-"""Which keys each query of a causal, windowed, packed attention sees, for as many queries at a time as are asked for."""
+"""Which keys each query of causal, windowed, packed attention sees, for a few queries at a time."""
 
 from __future__ import annotations
 

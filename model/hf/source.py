@@ -16,6 +16,7 @@ from model.folders import find_checkpoint, read_manifest
 from model.hf.folder import TensorFiles, is_hugging_face_folder, read_config
 from model.hf.formats import format_of
 from model.hf.names import match, parameter_shapes, places
+from model.hf.released import ReleasedFiles, open_tensors
 from model.settings import build_architecture
 from model.shards import read_tensors, shape_faults, tensor_dtypes
 
@@ -104,7 +105,7 @@ class HuggingFaceFolder(Source):
             self.tables = self.format.read(self.config)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'} ({self.format.model_type}): {error}") from error
-        self.files = TensorFiles(folder)
+        self.files = open_tensors(TensorFiles(folder))
         held = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
         self.tokenizer = folder if held else None
         if self.format.tied_unless_given:
@@ -130,7 +131,7 @@ class HuggingFaceFolder(Source):
 
 
 class _ForeignWeights(Weights):
-    def __init__(self, files: TensorFiles, architecture: Architecture, family: str):
+    def __init__(self, files: TensorFiles | ReleasedFiles, architecture: Architecture, family: str):
         self._files = files
         self._places = places(architecture, family)
         self._keys = match(files.shapes, files.read, architecture, family)

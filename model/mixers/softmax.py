@@ -63,6 +63,7 @@ class Softmax(Mixer):
 
     Config = SoftmaxConfig
     context = "kv"
+    has_attention_map = True
     examples = [
         {"num_heads": 4},
         {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "window": 5},

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from model.config import Architecture
+from model.entropy import EntropyPenalty
 from model.objective import NextToken
+from model.reparam import ReparamConfig
 from model.settings import build_architecture
 from parallel.config import ParallelConfig
 from parallel.data import local
@@ -113,13 +115,15 @@ def depth(name: str, precision: str) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and by which optimizer: a mixer (or several, joined by +), one of its examples, and what its
-    model is like.
+    """What is trained, and by which optimizer: a mixer (or several, joined by +), one of its examples, what its model
+    is like, and how its matrices are reparametrised.
 
     `isolated`: whether rows are of several documents; otherwise each is one.
 
     In fp32 two layers are compared and in fp64 four: rounding inside forward grows with the depth, and in fp32 it comes
     near the bound where heads are few and their products small (as near for one process, against fp64).
+
+    `entropy`: a penalty that is trained on beside the cross-entropy.
     """
 
     kind: str
@@ -128,6 +132,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     isolated: bool = True
     optimizer: Optimizer = "adamw"
+    reparam: dict[str, Any] = field(default_factory=dict)
+    entropy: EntropyPenalty | None = None
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -177,8 +183,12 @@ def build(case: Case, parallel: ParallelConfig, precision: str, compiled: bool =
         seq_len=LENGTH,
         recompute=parallel.recompute,
         compiled=compiled,
+        reparam=ReparamConfig(**case.reparam),
     )
     model.initialise(seed=3)
+    model.reparam.begin()
+    if case.entropy is not None:
+        model.penalise_entropy(case.entropy)
     return model
 
 
@@ -187,7 +197,7 @@ def updater_of(model: Spread, case: Case, frozen: tuple[str, ...] = ()) -> Updat
     # in exact arithmetic). Its eps is put well above rounding, so that what is compared is the layout.
     eps = 1e-6 if model.dtype == torch.float64 else 1e-3
     config = OptimizerConfig(kind=case.optimizer, lr=LR, eps=eps, grad_clip=CLIP)
-    optimizer = build_optimizer(model, config, frozen=list(frozen))
+    optimizer = build_optimizer(model, config, frozen=list(frozen), lr_factors=dict.fromkeys(model.beside, 3.0))
     objective = NextToken(model.cross_entropy)
     return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
 
@@ -210,6 +220,24 @@ def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
     return found
 
 
+def beside(model: Spread) -> Tensors:
+    """Copies of what stands beside the model here; of vectors the first, with a sign that two of them share."""
+    found = {}
+    for name, tensor in (model.beside | model.kept).items():
+        x = tensor.detach().clone()
+        if name.endswith("spectral_u"):
+            x = x[:, 0]
+        if name.endswith(("spectral_u", "spectral_v")):
+            x = x * x[x.abs().argmax()].sign()
+        found[name] = x
+    return found
+
+
+def told(model: Spread) -> dict[str, torch.nn.Parameter]:
+    """What this process has to say something about: of what stands beside the model, all have the same to say."""
+    return model.parameters if model.mesh.rank("pp") else model.learned
+
+
 def speaks(model: Spread) -> bool:
     """Whether this process, of those with the same stages, says what is in them."""
     return not (model.mesh.data_rank or model.mesh.rank("cp") or model.mesh.rank("tp"))
@@ -224,16 +252,16 @@ def two_steps(
 ) -> dict[str, Any]:
     """Losses and norms of two steps, a validation loss, the gradients of the first step, and the parameters at the end.
 
-    Tensors come from one process for each pipeline rank.
+    Tensors come from one process for each pipeline rank; what stands beside the model, from all.
     """
     model = build(case, parallel, precision, compiled)
     updater = updater_of(model, case, frozen)
-    seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "gradients": {}}
+    seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "auxiliary": [], "gradients": {}}
     plain_step = updater.optimizer.step
 
     def noting_step() -> None:
         if not seen["gradients"]:
-            seen["gradients"] = whole(model, {name: p.grad for name, p in model.parameters.items()})
+            seen["gradients"] = whole(model, {name: p.grad for name, p in told(model).items()})
         plain_step()
 
     updater.optimizer.step = noting_step  # type: ignore[method-assign, assignment]
@@ -241,13 +269,15 @@ def two_steps(
         outcome = updater.update(share_of(model, step, case.isolated), step, lr=LR)
         seen["losses"].append(outcome.loss)
         seen["norms"].append(outcome.grad_norm)
+        seen["auxiliary"] += outcome.auxiliary.values()
         # Between training steps, as validation comes: it must leave no trace.
         model.evaluating(True)
         nats = torch.tensor(model.evaluate(share_of(model, 100, case.isolated), updater.objective), dtype=torch.float64)
         model.evaluating(False)
         dist.all_reduce(nats)
         seen["evaluated"].append(nats.item())
-    seen["parameters"] = whole(model, dict(model.parameters))
+    seen["parameters"] = whole(model, dict(told(model)))
+    seen["beside"] = beside(model)
     if not speaks(model):
         seen["gradients"], seen["parameters"] = {}, {}
     return seen
@@ -294,9 +324,16 @@ def differences(found: Tensors, wanted: Tensors, floor: float) -> Iterator[tuple
 
 def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any], bounds: Bounds) -> None:
     """Every rank's losses and norms, and every tensor, within the bounds of one process's."""
-    for what, bound in (("losses", bounds.losses), ("norms", bounds.norms), ("evaluated", bounds.losses)):
+    scalars = {"losses": bounds.losses, "auxiliary": bounds.losses, "norms": bounds.norms, "evaluated": bounds.losses}
+    for what, bound in scalars.items():
         for rank, result in enumerate(results):
             assert result[what] == pytest.approx(alone[what], rel=bound, abs=0), f"{what} on rank {rank}"
+    for result in results:
+        # What every process has, it has to the bit: otherwise they would drift apart.
+        same = [torch.equal(x, results[0]["beside"][name]) for name, x in result["beside"].items()]
+        assert all(same), "what stands beside the model differs"
+    for error, name in differences(results[0]["beside"], alone["beside"], floor=1e-3):
+        assert error <= bounds.tensors, f"beside the model: {name}: {error:.1e}"
     for what, floor in (("gradients", 1e-3 * alone["norms"][0]), ("parameters", 1e-3)):
         errors = differences(merged(results, what), alone[what], floor)
         wrong = [f"{name}: {error:.1e}" for error, name in errors if not error <= bounds.tensors]
@@ -336,18 +373,18 @@ def train_and_write(
         writer.save(training_state(model, updater.optimizer, ended), steps)
         # What is changed after the call must not reach the file.
         with torch.no_grad():
-            for parameter in model.parameters.values():
-                local(parameter).zero_()
+            for tensor in [*model.learned.values(), *model.kept.values()]:
+                local(tensor).zero_()
         writer.close()
         return {}
     moments = {
         f"{name}.{key}": whole(model, {name: moment})[name]
-        for name, parameter in model.parameters.items()
+        for name, parameter in told(model).items()
         for key, moment in updater.optimizer.state[parameter].items()
         if key != "step"
     }
-    seen = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
-    seen |= {"parameters": whole(model, dict(model.parameters)), "moments": moments}
+    seen: dict[str, Any] = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
+    seen |= {"parameters": whole(model, dict(told(model))), "moments": moments, "beside": beside(model)}
     if not speaks(model):
         seen["parameters"], seen["moments"] = {}, {}
     return seen

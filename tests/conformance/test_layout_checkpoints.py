@@ -82,6 +82,9 @@ def assert_continued(found: list[Any], wanted: list[Any], bounds: Bounds) -> Non
     for what, floor in (("parameters", 1e-3), ("moments", 1e-6)):
         for error, name in differences(merged(found, what), merged(wanted, what), floor):
             assert error <= bounds.tensors, f"{what}: {name}: {error:.1e}"
+    for result in found:
+        for error, name in differences(result["beside"], wanted[0]["beside"], 1e-3):
+            assert error <= bounds.tensors, f"beside the model: {name}: {error:.1e}"
 
 
 @pytest.fixture(scope="module")
@@ -145,18 +148,22 @@ def assert_bit_equal(pool: Pool, case: Case, tmp_path: Path, name: str, precisio
     assert ours.keys() == theirs.keys()
     for parameter, value in theirs.items():
         assert torch.equal(ours[parameter], value), parameter
+    for result in found:
+        for name, value in wanted[0]["beside"].items():
+            assert torch.equal(result["beside"][name], value), name
 
 
 def straight_on(case: Case, parallel: ParallelConfig, precision: str) -> dict[str, Any]:
-    from tests.conformance.layouts import LR, build, share_of, speaks, updater_of, whole
+    from tests.conformance.layouts import LR, beside, build, share_of, speaks, told, updater_of, whole
 
     model = build(case, parallel, precision)
     updater = updater_of(model, case)
     updater.update(share_of(model, 1, case.isolated), 1, lr=LR)
     outcome = updater.update(share_of(model, 2, case.isolated), 2, lr=LR)
-    parameters = whole(model, dict(model.parameters))
+    parameters = whole(model, dict(told(model)))
     return {
         "losses": [outcome.loss],
         "norms": [outcome.grad_norm],
         "parameters": parameters if speaks(model) else {},
+        "beside": beside(model),
     }

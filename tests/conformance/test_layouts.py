@@ -37,23 +37,7 @@ from tests.conformance.models import CASES
 from tests.pool import Pool
 
 KINDS = list(dict.fromkeys(kind for kind, _ in CASES))
-ALONE = ParallelConfig()
 Alone = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def alone(pool: Pool) -> Alone:
-    """What one process comes to, computed once for each case."""
-    known: dict[str, dict[str, Any]] = {}
-
-    def run(case: Case, precision: str = "fp64", **options: Any) -> dict[str, Any]:
-        key = f"{case} {precision} {options}"
-        if key not in known:
-            known[key] = pool.run(two_steps, 1, case, ALONE, precision, **options)[0]
-            assert all(norm > 0.5 for norm in known[key]["norms"]), "the clipping was idle"
-        return known[key]
-
-    return run
 
 
 def faults(case: Case, name: str) -> list[str]:

@@ -17,10 +17,11 @@ from tests.mutations.diagnostics import FAULTS as IN_DIAGNOSTICS
 from tests.mutations.fault import Fault
 from tests.mutations.general import FAULTS as GENERAL
 from tests.mutations.layouts import FAULTS as IN_LAYOUTS
+from tests.mutations.objectives import FAULTS as IN_OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_DIAGNOSTICS]
+FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_OBJECTIVES, *IN_DIAGNOSTICS]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600

@@ -120,6 +120,25 @@ def test_all_faults_come_at_once(path: Path) -> None:
         (["--feedforwards.other.kind", "sglu", "--feedforwards.other.d_ff", "8"], ["feedforward_pattern is missing"]),
         (["--mixers.softmax.kind", "no.such.module:Thing"], ["cannot be imported"]),
         (["--mixers.softmax.kind", "collections:OrderedDict"], ["no subclass of model.layer.Mixer"]),
+        (["--objective.entropy_weight", "-1"], ["objective.entropy_weight = -1", "0 is none"]),
+        (["--objective.entropy_margin", "1"], ["objective.entropy_margin = 1", "[0, 1)"]),
+        (["--objective.entropy_threshold", "2"], ["objective.entropy_threshold = 2", "[0, 1]"]),
+        (["--objective.entropy_threshold_lr", "-1"], ["objective.entropy_threshold_lr = -1", "0 keeps"]),
+        (["--objective.entropy_reduction", "sum"], ["objective.entropy_reduction", "per_query_sum"]),
+        (
+            ["--objective.entropy_weight", "0.1", "--model.pattern", '["lightning"]'],
+            [
+                "objective.entropy_weight = 0.1",
+                "no layer has attention weights",
+                "(the mixers are Lightning)",
+                "softmax",
+            ],
+        ),
+        (["--objective.entropy_weight", "0.1", "--run.compile", "true"], ["with run.compile", "run.compile = false"]),
+        (
+            ["--objective.entropy_weight", "1", "--objective.entropy_threshold_lr", "1", "--optimizer.lr", "0"],
+            ["objective.entropy_threshold_lr = 1", "optimizer.lr, which is 0"],
+        ),
         (["schedule.steps", "3"], ["is no override", "--section.key VALUE"]),
         (["--schedule.steps"], ["has no value"]),
         (["--data", "3"], ["is no override"]),
@@ -224,7 +243,8 @@ def test_the_optimizer_is_adamw_by_its_formula() -> None:
 
     class One:
         weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
-        parameters = {"weight": weight}
+        parameters = learned = {"weight": weight}
+        beside: dict[str, torch.nn.Parameter] = {}
         uncut = torch.nn.ParameterDict(parameters)
         stages: list[torch.nn.Module] = []
 

@@ -22,6 +22,7 @@ from parallel.trace import CATEGORIES
 from tests.pool import Pool
 from tests.trainer.runs import headway, write_config
 from trainer.config import Config, load_config
+from trainer.objective import add_auxiliary_losses
 from trainer.optimizer import build_optimizer
 from trainer.planning.devices import GIB, assume
 from trainer.planning.forecast import bubble, forecast, precision_of, rank_time, seconds_of
@@ -155,9 +156,10 @@ def really_traced(path: Path, precision: str, parallel: dict[str, Any]) -> tuple
     layout = resolve_layout(config.parallel, world_size)
     model = spread(config.architecture, build_mesh(layout, "cpu"), torch.device("cpu"), precision=precision, seq_len=N)
     model.initialise(0)
-    optimizer = build_optimizer(model, config.optimizer, [])
+    optimizer = build_optimizer(model, config.optimizer, [], add_auxiliary_losses(model, config))
     states = [x for state in optimizer.state.values() for x in state.values()]
     parameters = [parameter for stage in model.stages for parameter in stage.parameters()]
+    parameters += model.beside.values()
     held = {
         name: sum(local(x).numel() * local(x).itemsize for x in tensors)
         for name, tensors in (("parameters", parameters), ("optimizer", states))
@@ -185,6 +187,21 @@ def test_a_plan_is_what_a_real_step_does(name: str, hybrid: Path, pool: Pool) ->
             # Decay slopes have values, and fake tensors are made of them where they are used: some bytes.
             assert found.memory == pytest.approx(rank.memory, abs=64)
         assert rank == replace(found, memory=rank.memory)
+
+
+@pytest.mark.parametrize("name", ["cp2 x fsdp2", pytest.param("alone, selective", marks=pytest.mark.matrix)])
+def test_a_penalty_on_entropies_is_planned(name: str, hybrid: Path, pool: Pool) -> None:
+    """Its blocks of the map, its thresholds, and what is summed for it."""
+    world_size, _, parallel = LAYOUTS[name]
+    (without,) = traced(hybrid, world_size, **parallel)
+    hybrid.write_text(hybrid.read_text() + "\n[objective]\nentropy_weight = 0.1\n")
+    test_a_plan_is_what_a_real_step_does(name, hybrid, pool)
+    (rank,) = traced(hybrid, world_size, **parallel)
+    # Two layers of softmax, of two heads.
+    assert rank.memory["parameters"] - without.memory["parameters"] == 2 * 2 * 4
+    before, after = (sum(s.count for s in found.sent if s.kind == "all-reduce") for found in (without, rank))
+    # One for values and thresholds of all processes; and one for each of these layers, where rows are cut.
+    assert after - before == (1 + 2 if world_size > 1 else 0)
 
 
 def test_states_are_sent_to_all_that_they_reach(hybrid: Path) -> None:

@@ -19,6 +19,7 @@ from parallel.mesh import Layout, Mesh, build_mesh, costliest_ranks, resolve_lay
 from parallel.spread import Spread, spread
 from parallel.trace import Trace, Traffic
 from trainer.config import Config
+from trainer.objective import add_auxiliary_losses
 from trainer.optimizer import build_optimizer
 from trainer.signals import StopRequest
 from trainer.step import Updater
@@ -100,11 +101,17 @@ def trace_step(config: Config, layout: Layout, *, precision: str, fake: bool, gl
         precision=precision,
         seq_len=config.data.seq_len,
         recompute=config.parallel.recompute,
+        reparam=config.reparam,
     )
     rows = config.data.global_batch_size // (layout.data_parallel * layout.microbatches)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        model.allocate() if fake else model.initialise(config.run.seed)
-        optimizer = build_optimizer(model, config.optimizer, config.run.freeze)
+        if fake:
+            model.allocate()
+        else:
+            model.initialise(config.run.seed)
+            model.reparam.begin()
+        lr_factors = add_auxiliary_losses(model, config)
+        optimizer = build_optimizer(model, config.optimizer, config.run.freeze, lr_factors)
         if fake:
             _find_shapes(optimizer)
         batch = _batch(config, rows * traced.microbatches)
@@ -182,6 +189,7 @@ def _update(config: Config, model: Spread, optimizer: torch.optim.Optimizer, bat
     """The step itself, as the training loop takes it. The trace is told what the tensors are."""
     trace.own("rest", vars(batch).values())
     trace.own("parameters", (p for stage in model.stages for p in stage.parameters()))
+    trace.own("parameters", model.beside.values())
     trace.own("optimizer", (x for state in optimizer.state.values() for x in state.values()))
     optimizer.register_step_pre_hook(lambda *_: _own_trained(model, trace))
     marks = _Marks(OBJECTIVES[config.objective.kind](model.cross_entropy), trace)
@@ -196,8 +204,8 @@ def _update(config: Config, model: Spread, optimizer: torch.optim.Optimizer, bat
 
 def _own_trained(model: Spread, trace: Trace) -> None:
     """Gradients; and parameters again, since at its first step FSDP makes longer ones of shards that it has to fill."""
-    trace.own("gradients", (p.grad for p in model.parameters.values()))
-    trace.own("parameters", model.parameters.values())
+    trace.own("gradients", (p.grad for p in model.learned.values()))
+    trace.own("parameters", model.learned.values())
 
 
 class _Marks:
