@@ -186,15 +186,21 @@ class Pipeline:
         """The nats of all micro-batches on the last stage's rank, 0 elsewhere. Collective."""
         parts = list(batch.micro_batches(self.layout.microbatches))
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        for logits, part in zip(self.forward(parts), parts, strict=False):
+            nats += objective.loss_sum(logits, part.targets, part.counted)
+        return nats
+
+    @torch.no_grad()
+    def forward(self, parts: list[Batch]) -> list[Tensor]:
+        """The logits of each micro-batch on the last stage's rank, nothing elsewhere. Collective."""
         passed: list[Tensor] = []
+        logits: list[Tensor] = []
         for stage in self.stages:
             inputs = [part.tokens for part in parts] if stage.is_first else None
-            outputs = self._forward_stage(stage, parts, inputs, passed)
+            passed = self._forward_stage(stage, parts, inputs, passed)
             if stage.is_last:
-                for logits, part in zip(outputs, parts, strict=True):
-                    nats += objective.loss_sum(logits, part.targets, part.counted)
-            passed = outputs
-        return nats
+                logits = passed
+        return logits
 
     def _forward_stage(
         self, stage: Stage, parts: list[Batch], inputs: list[Tensor] | None, passed: list[Tensor]

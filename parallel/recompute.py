@@ -1,8 +1,9 @@
-"""Activation recomputation and compilation, block by block."""
+"""Activation recomputation, compilation and observation, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 import parallel.context  # noqa: F401  (registers the operator that is kept)
+from model.attention import Observer
 from model.stack import Model
 
 # The states that entered a piece of the sequence are always kept: they are small, and to ask for them again would be
@@ -99,3 +101,22 @@ def compile_blocks(model: Model) -> None:
     """Compile each block by itself: blocks of one kind share code, and the compile time does not grow with depth."""
     for block in model.layers.values():
         block.compile()
+
+
+@contextmanager
+def observed(models: Sequence[Model], observer: Observer) -> Iterator[None]:
+    """Within, an observer sees what happens inside of the blocks, which then run uncompiled."""
+    blocks = [block for model in models for block in model.layers.values()]
+    compiled = [block._compiled_call_impl for block in blocks]
+    before = [model.observer for model in models]
+    try:
+        for model in models:
+            model.observer = observer
+        for block in blocks:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        for model, earlier in zip(models, before, strict=True):
+            model.observer = earlier
+        for block, call in zip(blocks, compiled, strict=True):
+            block._compiled_call_impl = call

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from model.attention import Observer
 from model.batch import Batch
 from model.config import Architecture
 from model.entropy import EntropyPenalty
@@ -23,7 +24,7 @@ from parallel.data import initialise, local, release_gathered, shard, synchronis
 from parallel.entropy import SpreadEntropyPenalty, threshold_name
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
-from parallel.recompute import Recompute, compile_blocks, recompute_blocks
+from parallel.recompute import Recompute, compile_blocks, observed, recompute_blocks
 from parallel.region import Region
 from parallel.reparam import PlainWeights, SigmaReparam
 from parallel.tensor import Cuts, cut
@@ -256,6 +257,30 @@ class Spread:
             parts = batch.micro_batches(self.layout.microbatches)
             nats = sum(loss_sum(self.stages[0], objective, part).item() for part in parts)
         return nats if self._speaks else 0.0
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, observer: Observer) -> None:
+        """Show an observer one forward pass as in evaluation, over whole rows in one micro-batch. Collective."""
+        batch = self._piece(batch)
+        self.evaluating(True)
+        try:
+            with observed(self.stages, observer):
+                if self.pipeline is not None:
+                    self.pipeline.forward([batch])
+                else:
+                    self.stages[0](batch.tokens, documents=batch.documents, positions=batch.positions)
+        finally:
+            self.evaluating(False)
+
+    @property
+    def stream_is_cut(self) -> bool:
+        """Whether tensor-parallel ranks have pieces of the residual stream (sequence parallelism)."""
+        return self._region is not None and self._region.cuts_sequence
+
+    def stream_begin(self, n: int) -> int:
+        """Where in rows of n tokens the residual stream here begins."""
+        begin = self.mesh.rank("cp") * (n // self.layout.cp)
+        return begin + self.mesh.rank("tp") * (n // self.layout.cp // self.layout.tp) * self.stream_is_cut
 
     def evaluating(self, yes: bool) -> None:
         """Between training and evaluation, and back."""

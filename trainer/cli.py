@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("trainer.commands.train:train", "train; resumes by itself"),
     "plan": ("trainer.commands.plan:plan", "is the layout legal, will it fit, how fast will it be"),
     "eval": ("trainer.commands.eval:evaluate", "loss, perplexity, bits per byte"),
+    "diagnose": ("trainer.commands.diagnose:diagnose", "attention by layer and head: entropy, sinks, logits"),
     "generate": ("trainer.commands.generate:generate", "continue a prompt"),
     "convert to-hf": ("trainer.commands.convert:to_hf", "a model as a Hugging Face folder, checked"),
     "convert from-hf": ("trainer.commands.convert:from_hf", "a Hugging Face folder as a step folder, checked"),

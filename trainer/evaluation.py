@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from model.config import ModelConfig
+from model.diagnostics import Diagnosis, Tally, probed
 from model.hf.loading import load_source
 from model.hf.source import Source, open_model
 from model.objective import NextToken, loss_sum
@@ -135,6 +136,48 @@ def _score(name: str, model: Model, data: EvaluationData, text_bytes: int | None
         nats += loss_sum(model, NextToken(), batch).item()
         tokens += int(batch.counted.sum())
     return Score(name, nats, tokens, text_bytes)
+
+
+@torch.no_grad()
+def diagnose(
+    path: Path,
+    prefixes: list[str],
+    *,
+    rows: int = 8,
+    seq_len: int | None = None,
+    num_queries: int | None = None,
+    device: torch.device | str = "cpu",
+    allow_code: bool = False,
+) -> tuple[Diagnosis, int]:
+    """Look at MODEL's attention on the first full rows of each dataset; what was found, and on how many tokens.
+
+    Args:
+        prefixes, seq_len: as of `evaluate`.
+        num_queries: of each row, evenly spread. Default: all.
+
+    Raises:
+        ValueError: a dataset that cannot be read, has no full row, or was made with another tokenizer.
+    """
+    source = open_model(path)
+    shape = source.architecture(allow_code=allow_code)
+    _, config = _data_config(source, prefixes, seq_len, shape.model)
+    sources = validation_sets(config, vocab_size=shape.model.vocab_size)
+    for name, data in sources.items():
+        if data.tokens <= config.seq_len:
+            raise ValueError(
+                f"{name} has {data.tokens} tokens, too few for one row of {config.seq_len} and what follows it: "
+                + (f"--seq-len {data.tokens - 1} fits." if data.tokens > 1 else "there is nothing to look at.")
+            )
+    model = load_source(source, device=device, allow_code=allow_code)
+    num_heads = max(settings.num_heads for _, settings in shape.mixers.values())
+    tally, tokens = Tally.empty(shape.model.num_layers, num_heads), 0
+    for data in sources.values():
+        # What fills up the last row is no text.
+        for row in range(min(rows, (data.tokens - 1) // config.seq_len)):
+            batch = data.batch(row, range(1), 1).to(next(model.parameters()).device)
+            tally.add(Tally.of(probed(model, batch, num_queries), shape.model.num_layers, num_heads))
+            tokens += batch.tokens.numel()
+    return tally.diagnosis(), tokens
 
 
 def _text_bytes(data: EvaluationData, tokenizer: Tokenizer | None, config: DataConfig) -> int | None:

@@ -35,6 +35,7 @@ def train(run: Run) -> Ending:
         counters.skipped += outcome.skipped
         counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if outcome.skipped else 0
         record = run.record(outcome, lr, seconds=time.perf_counter() - began)
+        record |= run.diagnostics.record(run.model, batch, step)
 
         preempted = outcome.stop
         if run.validation is not None and run.validation.is_due(step) and not preempted:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
+from trainer.diagnostics import layer_means
+
 Sink = Literal["jsonl", "tensorboard", "wandb"]
 Record = dict[str, Any]
 
@@ -32,12 +34,19 @@ class MetricsConfig:
     """Where each step's record is written. `jsonl` must be among them; `wandb` is offline, if it is installed."""
     log_every_steps: int = 1
     """How often the console line is refreshed. `metrics.jsonl` has one object per step whatever this says."""
+    diagnose_every_steps: int = 50
+    """Every so many steps attention is looked at: entropy, sinks, largest logits, by layer and head. 0: never."""
 
     def faults(self) -> list[str]:
         """Everything that is wrong with this section, each as a sentence; empty when it is right."""
         faults = _sink_faults(self.sinks)
         if self.log_every_steps < 1:
             faults.append(f"metrics.log_every_steps is {self.log_every_steps}; it must be 1 (every step) or more.")
+        if self.diagnose_every_steps < 0:
+            faults.append(
+                f"metrics.diagnose_every_steps is {self.diagnose_every_steps}; it must be 0 (never) or more, "
+                "for example 50."
+            )
         return faults
 
 
@@ -139,6 +148,15 @@ def _plain(value: Any) -> Any:
     return _plain(value.item())
 
 
+def _numbers(record: Record) -> Iterator[tuple[str, float]]:
+    """What a sink of curves draws: the record's own numbers, and of its diagnostics those of layers."""
+    for name, value in record.items():
+        if name == "diagnostics":
+            yield from layer_means(value)
+        elif name != "step" and isinstance(value, (bool, int, float)):
+            yield name, float(value)
+
+
 class _JsonLines:
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         path = run_dir / FILE_NAME
@@ -164,9 +182,8 @@ class _TensorBoard:
 
     def write(self, record: Record) -> None:
         step = record["step"]
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (bool, int, float)):
-                self._writer.add_scalar(name, float(value), step)
+        for name, value in _numbers(record):
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -185,9 +202,7 @@ class _WeightsAndBiases:
         )
 
     def write(self, record: Record) -> None:
-        numbers = {name: value for name, value in record.items() if isinstance(value, (bool, int, float))}
-        numbers.pop("step")
-        self._run.log(numbers, step=record["step"])
+        self._run.log(dict(_numbers(record)), step=record["step"])
 
     def close(self) -> None:
         self._run.finish()
@@ -250,10 +265,14 @@ def last_record(run_dir: Path) -> Record | None:
     path = run_dir / FILE_NAME
     if not path.exists():
         return None
+    size, end = path.stat().st_size, LONGEST_END
     with path.open("rb") as lines:
-        lines.seek(max(0, path.stat().st_size - LONGEST_END))
-        whole = [record for line in lines.readlines() if (record := _parse(line)) is not None]
-    return whole[-1] if whole else None
+        while True:
+            lines.seek(max(0, size - end))
+            whole = [record for line in lines.readlines() if (record := _parse(line)) is not None]
+            if whole or end >= size:
+                return whole[-1] if whole else None
+            end *= 4  # a record with the diagnostics of many heads is long
 
 
 def _parse(line: bytes) -> Record | None:

@@ -21,6 +21,7 @@ from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, 
 from trainer.config import Config
 from trainer.data.evaluation import validation_sets
 from trainer.data.training import TrainingData
+from trainer.diagnostics import Diagnostics
 from trainer.metrics import MetricsLog, last_record
 from trainer.objective import add_auxiliary_losses
 from trainer.optimizer import build_optimizer
@@ -44,6 +45,7 @@ class Run:
     updater: Updater
     data: TrainingData
     validation: Validation | None
+    diagnostics: Diagnostics
     checkpoints: CheckpointWriter
     counters: Counters
     rows: range
@@ -153,6 +155,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
             updater=updater,
             data=data,
             validation=validation,
+            diagnostics=Diagnostics(config.metrics.diagnose_every_steps),
             checkpoints=checkpoints,
             counters=counters,
             rows=rows,

@@ -328,3 +328,55 @@ def test_numbers_read_as_people_write_them():
         "1 d 1 h",
     ]
     assert [size(count) for count in (5, 70_000, 3 * 2**40)] == ["5 bytes", "68.4 KiB", "3 TiB"]
+
+
+def diagnosed(step: int, layers: int = 16, heads: int = 8) -> dict:
+    """The record of a step with a diagnosis: every eighth layer has weights, and its last head is a sink."""
+    rng = random.Random(step)
+    rows = [[rng.uniform(0.2, 0.9) for _ in range(heads)] if layer % 8 == 7 else None for layer in range(layers)]
+    sinks = [None if row is None else [*(0.1 for _ in row[1:]), 0.875] for row in rows]
+    tables = {"layers": list(range(layers)), "entropy": rows, "entropy_norm": rows, "sink": sinks}
+    tables |= {"residual_max": [3.5 * layer for layer in range(layers)], "first_norm_ratio": [None] * layers}
+    tables |= {
+        "sigma": {"layers.0.mixer.q.weight": 2.5, "layers.7.mixer.q.weight": 9.25, "head.weight": 31.0},
+        "gain": {"layers.0.mixer.q.weight": 1.0},
+    }
+    scalars = {"attention_entropy_min": 1.5, "attention_entropy_norm_min": 0.4, "sink_rate": None}
+    return {"step": step, "loss": 3.0, "residual_max": 52.5, **scalars, "diagnostics": tables}
+
+
+def test_attention_has_heat_maps_curves_and_numbers(tmp_path):
+    run = make_run(tmp_path / "run", last=60)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(lines([diagnosed(100), record(101, 200, random.Random(1)), diagnosed(150)]))
+    html = write_report(run).read_text()
+    outline(html)
+    assert "<h2>Attention <small>diagnosed at step 150</small></h2>" in html
+    maps = re.findall(r'<svg viewBox="0 0 8 16".*?</svg>', html, re.DOTALL)
+    assert len(maps) == 2
+    for drawing, title in zip(maps, ("Entropy", "Weight of the first token"), strict=True):
+        svg = ElementTree.fromstring(drawing)
+        assert svg.find("title").text == f"{title} by layer and head"
+        assert len(svg.findall("rect")) == 2 * 8
+        assert "Without attention weights: layers 0, 1, 2, 3" in svg.find("desc").text
+    assert "highest 0.875 in layer 15, head 7" in maps[1] and "<title>layer 7, head 7: 0.875</title>" in maps[1]
+    for name in ("attention_entropy_min", "attention_entropy_norm_min", "residual_max"):
+        assert html.count(f'id="chart-attention-{name}"') == 1
+    assert "chart-attention-sink_rate" not in html  # it was never a number
+    assert "<h3>residual_max" not in html  # nor is anything drawn a second time, among the further terms
+    assert "9.25 <small>layer 7</small>" in html and "<code>mixer.q.weight</code>" in html
+    assert "<code>head.weight</code>" in html
+
+
+def test_a_run_without_diagnoses_has_no_such_section(full):
+    assert "<h2>Attention" not in full[1]
+
+
+def test_diagnostics_of_any_shape_are_survived_and_cannot_become_markup(tmp_path):
+    odd = {"entropy": HOSTILE, "entropy_norm": [[HOSTILE, None, 0.5], HOSTILE, None], "sigma": {HOSTILE: 1.0}}
+    odd |= {"gain": [1], "sink": [[None]], "first_weight": [], "residual_max": [HOSTILE, 2.0], "logit_max": {}}
+    (tmp_path / "metrics.jsonl").write_text(lines([{"step": 1, "loss": 1.0, "diagnostics": odd}]))
+    html = write_report(tmp_path).read_text()
+    outline(html)
+    assert "<img" not in html and "<script>alert" not in html
+    assert "layer 0, head 2: 0.5" in html

@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from trainer.report import sections
+from trainer.report import attention, sections
 from trainer.report.chart import Chart, Line, Mark, draw, smooth
 from trainer.report.read import Run, Series
 from trainer.report.text import compact, duration, escape, number
@@ -27,6 +27,7 @@ def page(run: Run) -> str:
         _header(run),
         _figures(run),
         _charts(run),
+        attention.attention(run, _draw_all(run, attention.curves(run))),
         sections.validation_sources(run),
         sections.evaluation(run),
         sections.sample(run),
@@ -143,17 +144,24 @@ def _time(run: Run) -> str:
 
 
 def _charts(run: Run) -> str:
+    if not any(len(series) for series in run.series.values()):
+        return '<h2>Curves</h2><p class="empty">No step has been recorded yet; the curves will appear here.</p>'
+    drawn = _draw_all(run, [_loss_chart(run), *_small_charts(run)])
+    return f'<h2>Curves <small>by step</small></h2><div class="charts">{drawn}</div>'
+
+
+def _draw_all(run: Run, charts: list[Chart]) -> str:
+    """Those that have a number, all over the same steps."""
     every = [series.steps for series in run.series.values() if len(series)]
     if not every:
-        return '<h2>Curves</h2><p class="empty">No step has been recorded yet; the curves will appear here.</p>'
+        return ""
     x0, x1 = min(int(steps[0]) for steps in every), max(int(steps[-1]) for steps in every)
-    marks = [mark for mark in _marks(run) if x0 <= mark.step <= x1]
     drawn = []
-    for chart in [_loss_chart(run), *_small_charts(run)]:
+    for chart in charts:
         if any(len(line.series.finite()) for line in chart.lines):
-            chart.marks = marks
+            chart.marks = [mark for mark in _marks(run) if x0 <= mark.step <= x1]
             drawn.append(draw(chart, x0, x1))
-    return f'<h2>Curves <small>by step</small></h2><div class="charts">{"".join(drawn)}</div>'
+    return "".join(drawn)
 
 
 def _marks(run: Run) -> list[Mark]:
@@ -187,7 +195,8 @@ def _small_charts(run: Run) -> list[Chart]:
         Chart("tokens_per_second", "Tokens per second", "", _two("tokens_per_second", run), zero=True),
         Chart("step_time", "Step time", "seconds", _two("step_time", run), zero=True),
     ]
-    extra = [name for name in run.series if name not in _OWN_CHARTS and not name.startswith("val_loss/")]
+    own = _OWN_CHARTS | attention.CURVES.keys()
+    extra = [name for name in run.series if name not in own and not name.startswith("val_loss/")]
     if len(extra) > _MOST_EXTRA_CHARTS:
         rest = ", ".join(extra[_MOST_EXTRA_CHARTS:])
         run.remarks.append(f"Of the further terms, {_MOST_EXTRA_CHARTS} are drawn; the others are {rest}.")

@@ -73,6 +73,8 @@ class Run:
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     sample: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    diagnosed_step: int = 0
     remarks: list[str] = field(default_factory=list)
 
     def metric(self, name: str) -> Series:
@@ -171,6 +173,8 @@ def _read_metrics(run: Run, run_dir: Path) -> None:
             step = record.pop("step")
             if record.pop("skipped", False):
                 run.skipped.append(step)
+            if isinstance(record.get("diagnostics"), dict):
+                run.diagnostics, run.diagnosed_step = record["diagnostics"], step
             for name, value in record.items():
                 if type(value) in (str, list, dict):
                     continue

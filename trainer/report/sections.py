@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainer.report.read import Event, Run
 from trainer.report.text import compact, duration, escape, number, size
@@ -20,7 +20,8 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def _table(head: Iterable[tuple[str, str]], rows: Iterable[str], *, long: bool = False) -> str:
+def table(head: Iterable[tuple[str, str]], rows: Iterable[str], *, long: bool = False) -> str:
+    """A table of finished rows; `head` has names and classes of columns. A long one scrolls."""
     columns = "".join(f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in head)
     frame = 'class="scroll long" tabindex="0"' if long else 'class="scroll"'
     return f"<div {frame}><table><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -48,7 +49,7 @@ def validation_sources(run: Run) -> str:
             f'<td class="n">{series.steps[best]:,}</td></tr>'
         )
     head = [("Source", ""), ("", ""), ("Last", "n"), ("Best", "n"), ("At step", "n")]
-    return f"<h2>Validation by source <small>nats per token</small></h2>{_table(head, rows)}"
+    return f"<h2>Validation by source <small>nats per token</small></h2>{table(head, rows)}"
 
 
 _EVALUATION_NAMES = {
@@ -64,23 +65,24 @@ def evaluation(run: Run) -> str:
         return ""
     keys = list(dict.fromkeys(key for row in run.evaluation for key in row if key != "name"))
     keys.sort(key=lambda key: list(_EVALUATION_NAMES).index(key) if key in _EVALUATION_NAMES else 99)
-    measured = [key for key in keys if all(_is_number(row.get(key)) for row in run.evaluation)]
+    measured = [key for key in keys if all(is_number(row.get(key)) for row in run.evaluation)]
     drawn = measured[0] if measured else None
     largest = max(row[drawn] for row in run.evaluation) if drawn else 0.0
     rows = []
     for row in run.evaluation:
         cells = "".join(
-            f'<td class="n">{number(row[key]) if _is_number(row.get(key)) else escape(row.get(key, "–"))}</td>'
+            f'<td class="n">{number(row[key]) if is_number(row.get(key)) else escape(row.get(key, "–"))}</td>'
             for key in keys
         )
         bar = _bar(row[drawn], largest) if drawn else "<td></td>"
         rows.append(f'<tr><td class="words">{escape(row.get("name", "–"))}</td>{bar}{cells}</tr>')
     names = [(_EVALUATION_NAMES.get(key, key.replace("_", " ").capitalize()), "n") for key in keys]
     bars = f" <small>bars: {escape(_EVALUATION_NAMES.get(drawn, drawn).lower())}</small>" if drawn else ""
-    return f"<h2>Evaluation{bars}</h2>{_table([('Data', ''), ('', ''), *names], rows)}"
+    return f"<h2>Evaluation{bars}</h2>{table([('Data', ''), ('', ''), *names], rows)}"
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether JSON had a number there."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -126,14 +128,14 @@ def _layer_table(layers: list[dict[str, Any]]) -> str:
     for (mixer, feedforward, parameters), group in groupby(enumerate(layers), key=kind):
         alike = [layer.get("layer", position) for position, layer in group]
         span = str(alike[0]) if len(alike) == 1 else f"{alike[0]}–{alike[-1]}"
-        each = compact(parameters) if _is_number(parameters) else "–"
-        together = compact(parameters * len(alike)) if _is_number(parameters) else "–"
+        each = compact(parameters) if is_number(parameters) else "–"
+        together = compact(parameters * len(alike)) if is_number(parameters) else "–"
         rows.append(
             f'<tr><td class="tight">{escape(span)}</td><td class="words">{escape(mixer)}</td>'
             f'<td class="words">{escape(feedforward)}</td><td class="n">{each}</td><td class="n">{together}</td></tr>'
         )
     head = [("Layers", ""), ("Mixer", ""), ("Feed-forward", ""), ("Parameters each", "n"), ("Together", "n")]
-    return _table(head, rows, long=len(rows) > 14)
+    return table(head, rows, long=len(rows) > 14)
 
 
 def _facts(summary: dict[str, Any]) -> str:
@@ -145,7 +147,7 @@ def _facts(summary: dict[str, Any]) -> str:
             value = ", ".join(f"{name} {item}" for name, item in value.items())
         elif isinstance(value, list):
             value = ", ".join(str(item) for item in value)
-        elif _is_number(value):
+        elif is_number(value):
             value = compact(value)
         facts.append(f"<dt>{escape(_in_words(key))}</dt><dd>{escape(value)}</dd>")
     return f'<dl class="facts">{"".join(facts)}</dl>' if facts else ""
@@ -173,7 +175,7 @@ def events(run: Run) -> str:
         f" <small>the last {len(shown)}; {left_out:,} earlier ones are in logs/events.jsonl</small>" if left_out else ""
     )
     head = [("Date", ""), ("UTC", ""), ("Event", ""), ("Step", "n"), ("Details", "")]
-    return f"<h2>Events{note}</h2>{_table(head, rows, long=len(rows) > 14)}"
+    return f"<h2>Events{note}</h2>{table(head, rows, long=len(rows) > 14)}"
 
 
 def _event_row(date: str, moment: str, event: Event) -> str:
@@ -190,7 +192,7 @@ def _event_row(date: str, moment: str, event: Event) -> str:
 def _detail(key: str, value: Any) -> str:
     if key == "reason":
         return str(value)
-    if key == "seconds" and _is_number(value):
+    if key == "seconds" and is_number(value):
         return duration(value)
     return f"{key.replace('_', ' ')} {value}"
 
@@ -210,7 +212,7 @@ def checkpoints(run: Run) -> str:
             f'<td class="n">{checkpoint.written:%Y-%m-%d %H:%M:%S}</td></tr>'
         )
     head = [("Folder", ""), ("State", ""), ("Size", "n"), ("Files", "n"), ("Written, UTC", "n")]
-    return f"<h2>Checkpoints</h2>{_table(head, rows, long=len(rows) > 14)}"
+    return f"<h2>Checkpoints</h2>{table(head, rows, long=len(rows) > 14)}"
 
 
 # What colours a line of TOML, in the order in which it is tried: comment, string, value after `=`, `[` or `,`.

@@ -1,0 +1,58 @@
+"""Diagnostics of attention while a model is spread: each process looks at what it holds, and all is brought together.
+
+A forward pass like evaluation's, outside of training steps. Layers, heads and places are those of the whole model and
+of whole rows, so the result is the same in every layout: tensor-parallel ranks have other heads, pipeline ranks other
+layers, data-parallel ranks other rows, and context-parallel ranks other queries, which see the keys of all before them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from model.batch import Batch
+from model.diagnostics import QUERIES, AttentionProbe, Diagnosis, Sample, Tally
+from parallel.collectives import sum_lists
+from parallel.spread import Spread
+
+
+@torch.no_grad()
+def diagnose(model: Spread, batch: Batch, *, rows: int = 1, num_queries: int | None = QUERIES) -> Diagnosis:
+    """Statistics of attention on the first rows of each data-parallel rank's share of a batch. Collective.
+
+    Values are those of evaluation; nothing is drawn, changed or left behind. Every process gets the whole result.
+
+    Args:
+        batch: this process's share, of whole rows.
+        num_queries: of each row; see `Sample.of`.
+    """
+    batch = batch.rows(slice(0, rows)).to(model.device)
+    sample = Sample.of(batch.tokens.shape, batch.documents, model.device, num_queries)
+    probe = AttentionProbe(sample, model.stream_begin(batch.tokens.shape[1]))
+    model.observe(batch, probe)
+    _complete_rows(model, probe)
+    num_heads = max(settings.num_heads for _, settings in model.architecture.mixers.values())
+    tally = Tally.of(probe, len(model.uncut.layers), num_heads, model.mesh.rank("tp"))
+    # By gloo, from the CPU: two messages for all of it.
+    sums = torch.cat([tally.head_sums.flatten(), tally.layer_sums.flatten()])
+    dist.all_reduce(sums)
+    dist.all_reduce(tally.maxima, dist.ReduceOp.MAX)
+    parts = sums.split([tally.head_sums.numel(), tally.layer_sums.numel()])
+    whole = Tally(parts[0].view_as(tally.head_sums), parts[1].view_as(tally.layer_sums), tally.maxima)
+    return whole.diagnosis()
+
+
+def _complete_rows(model: Spread, probe: AttentionProbe) -> None:
+    """What is no sum over tokens or heads (alpha of a window, the median of a row) needs whole rows first.
+
+    Of the processes that then have the same, one keeps it: the others would count it again. Collective.
+    """
+    stream = [*probe.norms.values(), *probe.first_norms.values()]
+    if model.stream_is_cut:
+        sum_lists(stream, model.mesh.group("tp"))
+    if model.layout.cp > 1:
+        sum_lists([*stream, *probe.columns.values()], model.mesh.group("cp"))
+    if model.mesh.rank("cp"):
+        probe.columns.clear()
+    if model.mesh.rank("cp") or model.mesh.rank("tp"):
+        probe.norms.clear()

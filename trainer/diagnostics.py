@@ -1,0 +1,100 @@
+"""Diagnostics of attention as a run records them: when they are due, and what a record, TensorBoard and a table get."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.batch import Batch
+    from model.diagnostics import Diagnosis
+    from parallel.spread import Spread
+
+BY_HEAD = ("entropy", "entropy_norm", "logit_max", "effective_keys", "sink", "sink_argmax", "first_weight", "mass")
+"""Keys of `diagnostics` with a row for each layer and in it a number for each head."""
+BY_LAYER = ("residual_max", "first_norm_ratio")
+"""Keys with a number for each layer."""
+DIGITS = 5
+"""Significant digits of what is kept by layer and head."""
+
+
+class Diagnostics:
+    """Diagnoses a model every so many steps of its training; 0: never."""
+
+    def __init__(self, every_steps: int):
+        self.every_steps = every_steps
+
+    def is_due(self, step: int) -> bool:
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+    def record(self, model: Spread, batch: Batch, step: int) -> dict[str, Any]:
+        """What the record of this step gets, from the first row of each rank's share of its batch. Collective."""
+        if not self.is_due(step):
+            return {}
+        from parallel.diagnose import diagnose
+
+        told = record_of(diagnose(model, batch))
+        told["diagnostics"] |= spectral(model.reparam.norms())
+        return told
+
+
+def record_of(found: Diagnosis) -> dict[str, Any]:
+    """Scalars, and `diagnostics` by layer and head. Scalars of attention are left out where no layer has weights."""
+    return scalars(found) | {"diagnostics": tables(found)}
+
+
+def scalars(found: Diagnosis) -> dict[str, float | None]:
+    """One number each for the whole model."""
+    told: dict[str, float | None] = {}
+    if any(found.heads):
+        told["attention_entropy_min"] = _lowest_mean(found, "entropy")
+        told["attention_entropy_norm_min"] = _lowest_mean(found, "entropy_norm")
+        told["sink_rate"] = found.sink_rate
+        told["attention_logit_max"] = found.by_head["logit_max"].max().item()
+    told["residual_max"] = found.residual_max.max().item()
+    return told
+
+
+def _lowest_mean(found: Diagnosis, name: str) -> float | None:
+    means = [mean for row in found.rows(name) if row and (mean := sum(row) / len(row)) == mean]
+    return min(means, default=None)
+
+
+def tables(found: Diagnosis) -> dict[str, Any]:
+    """Nested lists by layer and head; null for layers without attention weights, and for what could not be measured."""
+    told: dict[str, Any] = {"layers": list(range(len(found.heads)))}
+    for name in BY_HEAD:
+        told[name] = [None if row is None else [_short(value) for value in row] for row in found.rows(name)]
+    for name in BY_LAYER:
+        told[name] = [_short(value) for value in getattr(found, name).tolist()]
+    return told
+
+
+def spectral(norms: dict[str, tuple[float, float]]) -> dict[str, dict[str, float | int | None]]:
+    """Of reparametrised matrices by name, `sigma`, the norm of W, and `gain`, that of what is multiplied."""
+    if not norms:
+        return {}
+    return {
+        key: {name: _short(pair[place]) for name, pair in norms.items()} for place, key in enumerate(("sigma", "gain"))
+    }
+
+
+def _short(value: float) -> float | int | None:
+    """With as many digits as are worth keeping; null where it is no number."""
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() and abs(short) < 2**53 else short
+
+
+def layer_means(diagnostics: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(`attention_entropy/layer_00`, value), ...: the mean over heads of each layer, for what draws single numbers."""
+    for name in (*BY_HEAD, *BY_LAYER):
+        if name == "sink_argmax":
+            continue  # a mean of places means nothing
+        prefix = name if name in BY_LAYER else f"attention_{name}"
+        for layer, row in enumerate(diagnostics.get(name, [])):
+            numbers = [value for value in (row if isinstance(row, list) else [row]) if value is not None]
+            if numbers:
+                yield f"{prefix}/layer_{layer:02d}", sum(numbers) / len(numbers)
