@@ -24,7 +24,7 @@ FAULTS = [
                 "                pass\n",
             )
         ],
-        [f"{FAST}[defaults]"],
+        [f"{FAST}[1]"],
     ),
     Fault(
         "sigma of a rank's own rows and columns",
