@@ -55,7 +55,7 @@ def sigmoid_attention(
     Raises:
         ValueError: shapes or dtypes do not fit together.
 
-    Source: arXiv 2409.04431, section 2 and (the bias) section 3; per_row is an extension of ours.
+    Source: arXiv 2409.04431; per_row is an extension of ours.
     """
     _check_shapes(q_BNHd, k_BMGd, v_BMGe, visible, slopes_H)
     return torch.ops.headway.sigmoid_attention(

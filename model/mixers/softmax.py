@@ -47,7 +47,7 @@ class SoftmaxConfig(AttentionConfig):
 class Softmax(Attention):
     """softmax(q k^T / sqrt(d)) v over heads (arXiv 1706.03762), with torch's fused attention.
 
-    With a key bias k* (arXiv 2410.10781, section 7) the sum of a row's weights has one term more, exp(q k* / sqrt(d)),
+    With a key bias k* (arXiv 2410.10781) the sum of a row's weights has one term more, exp(q k* / sqrt(d)),
     whose value is zero: o_i = out_i * sigmoid(lse_i - q_i k* / sqrt(d)). k* is neither rotated nor normed (the queries
     that it is multiplied with are, where they are for others), and it is in no cache. A sink puts a number in the place
     of q_i k* / sqrt(d), one for each head, as gpt-oss does.
