@@ -20,6 +20,8 @@ from model.settings import build_architecture
 from model.stack import Model
 from parallel.data import initialise
 from parallel.recompute import recompute_blocks
+from parallel.region import Region
+from parallel.tensor import cut
 
 WIDTH, TOKENS = 24, torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -111,6 +113,17 @@ def test_slopes_are_those_of_alibi(heads: int) -> None:
     mixer = alone(num_heads=heads, head_dim=4, alibi=True).bfloat16()
     assert mixer.slopes is not None and mixer.slopes.dtype == torch.float32
     torch.testing.assert_close(mixer.slopes, torch.tensor(released(heads)))
+
+
+def test_a_tensor_parallel_rank_has_the_slopes_of_its_global_heads() -> None:
+    """Two of six heads on the second of three ranks; cast and moved, too."""
+    architecture = build([], mixer={"num_heads": 6, "head_dim": 4, "alibi": True}, bias=True)
+    with torch.device("meta"):
+        model = Model(architecture)
+    cut(model, Region("", 1, 3, False))
+    here = model.to_empty(device="cpu").bfloat16().layers["0"].mixer
+    assert torch.equal(here.slopes, alone(num_heads=6, head_dim=4, alibi=True).slopes[2:4])
+    assert here.q.weight.shape == (8, WIDTH)
 
 
 def test_alibi_takes_the_place_of_the_rotation() -> None:

@@ -13,13 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.mutations.attention import FAULTS as IN_ATTENTION
 from tests.mutations.fault import Fault
 from tests.mutations.general import FAULTS as GENERAL
 from tests.mutations.layouts import FAULTS as IN_LAYOUTS
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-FAULTS = [*GENERAL, *IN_LAYOUTS]
+FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_ATTENTION]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600
