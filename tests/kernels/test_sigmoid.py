@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -147,7 +149,7 @@ def test_small_weights_keep_their_digits() -> None:
     """0.5 + 0.5 tanh(x / 2) in fp32 gives 0 below -17; the weights here are far smaller, and exact to fp32."""
     q = torch.full((1, 1, 1, 1), -40.0)
     out = sigmoid_attention(q, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), Visible(1, 1), scale=1.0, bias=-9.0)
-    assert out.item() == pytest.approx(math.exp(-49.0), rel=1e-5)
+    assert out.item() == pytest.approx(math.exp(-49.0), rel=1e-5, abs=0)
 
 
 def test_bf16_is_near_fp64() -> None:
@@ -191,7 +193,7 @@ def test_no_map_is_kept_and_none_is_made() -> None:
     with torch.no_grad(), Largest() as made:
         sigmoid._sigmoid_forward(*leaves, whole)
         sigmoid._sigmoid_backward(torch.ones_like(out), *leaves, whole)
-    assert made.elements <= 2 * heads * 128 * n < 2 * heads * n * n / 8
+    assert made.elements <= 2 * heads * 64 * n < 2 * heads * n * n / 16
 
 
 def test_keys_that_no_query_of_a_block_sees_are_skipped() -> None:
@@ -204,6 +206,20 @@ def test_keys_that_no_query_of_a_block_sees_are_skipped() -> None:
     assert Visible(100, 100, causal=False).reach(32, 48) == (0, 100)
     queries = torch.arange(32, 48)
     assert torch.equal(whole.of(queries, (23, 48)), whole.of(queries)[..., 23:48])
+
+
+def test_a_second_copy_of_the_file_leaves_the_operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that is loaded beside Headway: both compute, and the first is not taken away from its users."""
+    before = torch.ops.headway.sigmoid_attention.default
+    spec = importlib.util.spec_from_file_location("a_copy_of_sigmoid", sigmoid.__file__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "a_copy_of_sigmoid", copy)
+    spec.loader.exec_module(copy)
+    assert torch.ops.headway.sigmoid_attention.default is before
+    leaves, visible = inputs(5), Visible(5, 5)
+    ours, theirs = (with_gradients(x.sigmoid_attention, leaves, visible, **settings()) for x in (sigmoid, copy))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
