@@ -33,6 +33,9 @@ class Block(nn.Module):
         self.feedforward_factors = m.factors(feedforward_name)
         self.mixer_norm = make_norm(m.norm, m.d_model, m.norm_eps)
         self.mixer = mixer_class(mixer_config, site)
+        # A mixer whose outputs may grow large can ask for a norm on them (arXiv 2409.04431).
+        hybrid = getattr(mixer_config, "hybrid_norm", False)
+        self.mixer_out_norm = make_norm(m.norm, m.d_model, m.norm_eps) if hybrid else nn.Identity()
         # In parallel both read the same normalised input.
         one_norm = m.residual == "parallel"
         self.feedforward_norm = nn.Identity() if one_norm else make_norm(m.norm, m.d_model, m.norm_eps)
@@ -44,7 +47,7 @@ class Block(nn.Module):
         if ctx.observer is not None:
             ctx.observer.residual(self.layer, x)
         normed = self.mixer_norm(x)
-        mixed = self.mixer(normed, ctx, cache, head_gate)
+        mixed = self.mixer_out_norm(self.mixer(normed, ctx, cache, head_gate))
         if self.residual == "parallel":
             return x + mixed + self.feedforward(normed)
         if self.residual == "normalised":

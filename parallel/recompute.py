@@ -17,7 +17,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import parallel.context  # noqa: F401  (registers the operator that is kept)
+# Both register an operator that is kept.
+import kernels.attention.sigmoid  # noqa: F401
+import parallel.context  # noqa: F401
 from model.attention import Observer
 from model.stack import Model
 
@@ -35,6 +37,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.headway.sigmoid_attention.default,
 } | _CROSSED
 
 

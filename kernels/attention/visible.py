@@ -28,17 +28,32 @@ class Visible:
     documents: Tensor | None = None
     key_documents: Tensor | None = None
 
-    def of(self, queries_R: Tensor) -> Tensor:
-        """Bool `[B or 1, 1, R, M]`, of the queries with these indices among the N."""
+    def of(self, queries_R: Tensor, keys: tuple[int, int] | None = None) -> Tensor:
+        """Bool `[B or 1, 1, R, M]`, of the queries with these indices among the N.
+
+        Args:
+            keys: first and end of those among the M that are asked about. Default: all of them.
+        """
+        first, end = (0, self.num_keys) if keys is None else keys
         places = (queries_R + self.first_index)[:, None]
-        keys = torch.arange(self.num_keys, device=queries_R.device)[None, :]
-        seen = (keys <= places) if self.causal else torch.ones_like(keys <= places)
+        keys_M = torch.arange(first, end, device=queries_R.device)[None, :]
+        seen = (keys_M <= places) if self.causal else torch.ones_like(keys_M <= places)
         if self.window is not None:
-            seen = seen & (places - keys < self.window)
+            seen = seen & (places - keys_M < self.window)
             if not self.causal:
-                seen = seen & (keys - places < self.window)
+                seen = seen & (keys_M - places < self.window)
         seen = seen[None]
         if self.documents is not None:
             assert self.key_documents is not None
-            seen = seen & (self.documents[:, queries_R, None] == self.key_documents[:, None, :])
+            seen = seen & (self.documents[:, queries_R, None] == self.key_documents[:, None, first:end])
         return seen[:, None]
+
+    def reach(self, first: int, end: int) -> tuple[int, int]:
+        """First and end of the keys among which are all that the queries first .. end - 1 see, in whatever document."""
+        lowest, highest = 0, self.num_keys
+        if self.window is not None:
+            lowest = max(0, first + self.first_index - self.window + 1)
+            highest = min(highest, end + self.first_index + self.window - 1)
+        if self.causal:
+            highest = min(highest, end + self.first_index)
+        return min(lowest, highest), highest

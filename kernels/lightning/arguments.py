@@ -1,6 +1,4 @@
-"""What every form of Lightning attention checks and decides about its arguments."""
-
-from contextlib import AbstractContextManager, nullcontext
+"""What every form of Lightning attention checks about its arguments."""
 
 import torch
 from torch import Tensor
@@ -40,15 +38,3 @@ def check_arguments(
         raise ValueError(f"documents must be [{batch}, {length}], received {list(documents.shape)}")
     if documents is not None and (documents.is_floating_point() or documents.is_complex()):
         raise ValueError(f"documents must be integers, received {documents.dtype}")
-
-
-def computing_dtype(q: Tensor) -> torch.dtype:
-    """Return the dtype of states, decays and sums: float32, or float64 for float64 inputs."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which autocast does not turn float32 products into bfloat16 ones."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.lightning.arguments import check_arguments, computing_dtype, without_autocast
+from kernels.lightning.arguments import check_arguments
 from kernels.lightning.states import Boundaries, carry_states, transfer
+from kernels.precision import computing_dtype, without_autocast
 
 
 def lightning_attention(

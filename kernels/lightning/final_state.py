@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.lightning.arguments import check_arguments, computing_dtype, without_autocast
+from kernels.lightning.arguments import check_arguments
+from kernels.precision import computing_dtype, without_autocast
 
 
 def lightning_final_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Tensor | None = None) -> Tensor:

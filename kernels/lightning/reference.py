@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.lightning.arguments import check_arguments, computing_dtype
+from kernels.lightning.arguments import check_arguments
+from kernels.precision import computing_dtype
 
 
 def lightning_attention_reference(

@@ -288,8 +288,8 @@ def _place(name: str, architecture: Architecture, family: Family) -> Place | Non
         return Place(f"{family.modules[module]}.{kind}") if module in family.modules else None
     _, layer, part, inside = name.split(".", 3)
     if part.endswith("_norm"):
-        outside = family.modules[f"layers.{{}}.{part}"]
-        return Place(f"{outside}.{inside}".format(layer))
+        outside = family.modules.get(f"layers.{{}}.{part}")
+        return None if outside is None else Place(f"{outside}.{inside}".format(layer))
     names, parts = (
         (architecture.mixer_names, architecture.mixers)
         if part == "mixer"

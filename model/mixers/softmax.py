@@ -1,193 +1,139 @@
-"""Softmax attention: multi-head or grouped-query, rotary or not, optional QK-norm and sliding window."""
+"""Softmax attention: multi-head or grouped-query, rotary or not, with QK-norm, a window, a key bias or a sink."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import Visible
+from kernels.attention.softmax import softmax_attention
 from model.attention import AttentionMap
-from model.cache import GrowingTensor
 from model.context import Context
-from model.layer import Mixer, Site, gate_heads
-from model.mixers.heads import head_faults, nearest_divisor, rotation_faults
-from model.norms import make_norm
-from model.positions import rotary_table, rotate
+from model.initialisation import Constant, Init, Normal
+from model.layer import Site
+from model.mixers.attention import Attention, AttentionConfig, visible
+
+KEY_BIAS_STD = 0.02
 
 
 @dataclass
-class SoftmaxConfig:
+class SoftmaxConfig(AttentionConfig):
     """`[mixers.softmax]`"""
 
-    num_heads: int
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key and value heads, each shared by num_heads / num_kv_heads query heads. Default: num_heads."""
-    head_dim: int | None = None
-    """Width of a head. Default: model.d_model / num_heads."""
-    qk_norm: bool = False
-    """RMSNorm over each head's queries and keys, before the rotation."""
-    window: int | None = None
-    """A token sees itself and the window - 1 tokens before it. Default: all of them."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies, where model.positions = "rope"."""
-    qkv_bias: bool | None = None
-    """Biases on the q, k and v projections. Default: model.bias."""
+    key_bias: Literal["none", "head", "shared"] = "none"
+    """A learned key without value that every query sees: one for each query head, or one for all."""
+    sink: bool = False
+    """A learned logit for each query head that takes weight and gives nothing."""
 
     def faults(self, d_model: int) -> list[str]:
-        """Why these settings cannot be built, in sentences."""
-        faults = head_faults(d_model, self.num_heads, head_dim=self.head_dim)
-        kv_heads = self.num_kv_heads
-        if kv_heads is not None and self.num_heads >= 1 and (kv_heads < 1 or self.num_heads % kv_heads):
+        faults = super().faults(d_model)
+        if self.key_bias != "none" and self.sink:
             faults.append(
-                f"num_kv_heads = {kv_heads} does not divide num_heads = {self.num_heads}: the nearest that "
-                f"does is {nearest_divisor(self.num_heads, kv_heads)}."
+                f'sink = true and key_bias = "{self.key_bias}" take weight both, and one of them is enough: '
+                'take key_bias = "none", or sink = false.'
             )
-        faults += rotation_faults(d_model, self.num_heads, self.head_dim)
-        if self.window is not None and self.window < 1:
-            faults.append(f"window = {self.window} must be at least 1, the token itself.")
         return faults
 
-    def tensor_parallel_units(self) -> dict[str, int]:
-        """What tp must divide."""
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads or self.num_heads}
+    @property
+    def takes_weight(self) -> bool:
+        """Whether something that is no token takes weight."""
+        return self.sink or self.key_bias != "none"
 
 
-class Softmax(Mixer):
-    """softmax(q k^T / sqrt(d)) v over heads (arXiv 1706.03762), with torch's fused attention."""
+class Softmax(Attention):
+    """softmax(q k^T / sqrt(d)) v over heads (arXiv 1706.03762), with torch's fused attention.
+
+    With a key bias k* (arXiv 2410.10781) the sum of a row's weights has one term more, exp(q k* / sqrt(d)),
+    whose value is zero: o_i = out_i * sigmoid(lse_i - q_i k* / sqrt(d)). k* is neither rotated nor normed (the queries
+    that it is multiplied with are, where they are for others), and it is in no cache. A sink puts a number in the place
+    of q_i k* / sqrt(d), one for each head, as gpt-oss does.
+    """
 
     Config = SoftmaxConfig
-    context = "kv"
-    has_attention_map = True
     examples = [
         {"num_heads": 4},
         {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "window": 5},
         {"num_heads": 2, "head_dim": 6, "num_kv_heads": 1, "qkv_bias": True},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "key_bias": "head"},
+        {"num_heads": 4, "head_dim": 6, "window": 5, "key_bias": "shared"},
+        {"num_heads": 4, "num_kv_heads": 2, "sink": True},
     ]
-    sharding = {
-        "q.weight": "column",
-        "k.weight": "column",
-        "v.weight": "column",
-        "q.bias": "column",
-        "k.bias": "column",
-        "v.bias": "column",
-        "o.weight": "row",
-        "o.bias": "replicate",
-        "q_norm.weight": "replicate",
-        "k_norm.weight": "replicate",
-    }
-    hf = {f"{x}.{kind}": f"self_attn.{x}_proj.{kind}" for x in "qkvo" for kind in ("weight", "bias")} | {
-        f"{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"
-    }
+    sharding = Attention.sharding | {"key_bias": "heads", "shared_key_bias": "replicate", "sink": "heads"}
+    # As gpt-oss calls its sinks. For a key bias there is no name anywhere else.
+    hf = Attention.hf | {x: f"self_attn.{x}" for x in ("key_bias", "shared_key_bias")} | {"sink": "self_attn.sinks"}
+    no_decay = frozenset({"key_bias", "shared_key_bias"})
 
     def __init__(self, config: SoftmaxConfig, site: Site):
         super().__init__(config, site)
-        heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-        self.head_dim = config.head_dim or site.d_model // heads
-        qkv_bias = site.bias if config.qkv_bias is None else config.qkv_bias
-        self.q = nn.Linear(site.d_model, heads * self.head_dim, bias=qkv_bias)
-        self.k = nn.Linear(site.d_model, kv_heads * self.head_dim, bias=qkv_bias)
-        self.v = nn.Linear(site.d_model, kv_heads * self.head_dim, bias=qkv_bias)
-        self.o = nn.Linear(heads * self.head_dim, site.d_model, bias=site.bias)
-        self.q_norm = make_norm("rmsnorm", self.head_dim, site.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm("rmsnorm", self.head_dim, site.norm_eps) if config.qk_norm else nn.Identity()
-        self._rotary: Hashable = ("rotary", self.head_dim, config.rope_theta) if site.positions == "rope" else None
-        self._mask: Hashable = ("mask", config.window)
+        heads, bias = config.num_heads, config.key_bias
+        self.key_bias = nn.Parameter(torch.empty(heads, self.head_dim)) if bias == "head" else None
+        self.shared_key_bias = nn.Parameter(torch.empty(self.head_dim)) if bias == "shared" else None
+        self.sink = nn.Parameter(torch.empty(heads)) if config.sink else None
+        self._mask: Hashable = ("mask", config.window, config.takes_weight)
+
+    def init_weights(self) -> dict[str, Init]:
+        inits = super().init_weights()
+        if self.key_bias is not None:
+            inits["key_bias"] = Normal(KEY_BIAS_STD)
+        if self.shared_key_bias is not None:
+            inits["shared_key_bias"] = Normal(KEY_BIAS_STD)
+        if self.sink is not None:
+            inits["sink"] = Constant(0.0)
+        return inits
 
     def prepare(self, ctx: Context) -> None:
-        if self._rotary:
-            ctx.share(self._rotary, lambda: rotary_table(ctx.positions, self.head_dim, self.config.rope_theta))
-        ctx.share(self._mask, lambda: attention_mask(ctx, self.config.window))
+        super().prepare(ctx)
+        ctx.share(self._mask, lambda: attention_mask(ctx, self.config.window, self.config.takes_weight))
 
-    def forward(
-        self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
-    ) -> Tensor:
-        q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
-        if cache is not None:
-            k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
-        k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
+    def mix(self, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
+        extra_BNH = self._extra_logit(q_BNHd)
         if ctx.observer is not None:
             seen = visible(ctx, self.config.window)
-            weights = AttentionMap(q_BNHd, k_BMGd, seen, self.head_dim**-0.5)
+            weights = AttentionMap(q_BNHd, k_BMGd, seen, self.head_dim**-0.5, extra_BNH=extra_BNH)
             q_BNHd = ctx.observer.attention(self.site.layer, weights)
         mask, is_causal = ctx.shared[self._mask]
-        out_BHNd = F.scaled_dot_product_attention(
-            q_BNHd.transpose(1, 2),
-            k_BMGd.transpose(1, 2),
-            v_BMGd.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=is_causal,
-            enable_gqa=q_BNHd.shape[2] != k_BMGd.shape[2],
-        )
-        out_BNHd = gate_heads(out_BHNd.transpose(1, 2), head_gate)
-        return self.o(out_BNHd.flatten(2))
+        return softmax_attention(q_BNHd, k_BMGd, v_BMGd, mask=mask, is_causal=is_causal, extra_BNH=extra_BNH)
+
+    def _extra_logit(self, q_BNHd: Tensor) -> Tensor | None:
+        """What takes weight beside the keys, as a logit; None where nothing does."""
+        if self.sink is not None:
+            return self.sink.expand(q_BNHd.shape[:3])
+        if self.key_bias is not None:
+            return torch.einsum("bnhd,hd->bnh", q_BNHd, self.key_bias) * self.head_dim**-0.5
+        if self.shared_key_bias is not None:
+            return torch.einsum("bnhd,d->bnh", q_BNHd, self.shared_key_bias) * self.head_dim**-0.5
+        return None
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
-        group = q_BNHd.shape[2] // k_BNGd.shape[2]
-        k_BNHd, v_BNHd = (kv.repeat_interleave(group, dim=2) for kv in (k_BNGd, v_BNGd))
-        scores_BHNM = torch.einsum("bnhd,bmhd->bhnm", q_BNHd, k_BNHd) / self.head_dim**0.5
-        n = x.shape[1]
-        place = torch.arange(n, device=x.device)
-        distance = place[:, None] - place[None, :]
-        seen = distance >= 0 if ctx.causal else torch.ones_like(distance, dtype=torch.bool)
-        if self.config.window is not None:
-            seen = seen & (distance.abs() < self.config.window)
-        if ctx.documents is not None:
-            seen = seen & (ctx.documents[:, None, :, None] == ctx.documents[:, None, None, :])
-        weights_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf).softmax(-1)
+        q_BNHd, v_BNHd, scores_BHNM, seen = self._reference_map(x, ctx)
+        scores_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf)
+        extra_BNH = self._extra_logit(q_BNHd)
+        if extra_BNH is not None:
+            scores_BHNM = torch.cat((scores_BHNM, extra_BNH.transpose(1, 2).unsqueeze(-1)), dim=-1)
+        # The value of what was appended is zero.
+        weights_BHNM = scores_BHNM.softmax(-1)[..., : x.shape[1]]
         return self.o(torch.einsum("bhnm,bmhd->bnhd", weights_BHNM, v_BNHd).flatten(2))
 
-    def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, N, H, d]`, keys and values `[B, N, G, d]`, normed and rotated."""
-        q_BNHd = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)))
-        k_BNGd = self.k_norm(self.k(x).unflatten(-1, (-1, self.head_dim)))
-        v_BNGd = self.v(x).unflatten(-1, (-1, self.head_dim))
-        if self._rotary:
-            q_BNHd = rotate(q_BNHd, ctx.shared[self._rotary])
-            k_BNGd = rotate(k_BNGd, ctx.shared[self._rotary])
-        return q_BNHd, k_BNGd, v_BNGd
-
-    def first_seen(self, place: int) -> int:
-        return 0 if self.config.window is None else max(0, place - self.config.window + 1)
-
-    def flops(self, n: int) -> float:
-        window = min(n, self.config.window or n)
-        # On the mean over the queries; each counts itself by half, so that without a window they are n / 2.
-        keys = (window**2 / 2 + (n - window) * (window - 0.5)) / n
-        return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim
+    def linear_flops(self) -> int:
+        # A key bias is a linear map of the queries, whatever the length.
+        biased = self.config.num_heads * self.head_dim if self.config.key_bias != "none" else 0
+        return super().linear_flops() + 2 * biased
 
 
-def visible(ctx: Context, window: int | None) -> Visible:
-    """Which keys the queries of a forward pass see: those of the cache and of other processes' pieces included."""
-    n = ctx.positions.shape[1]
-    m = ctx.first_index + n if ctx.causal else n * ctx.cut.size
-    key_documents = None
-    if ctx.documents is not None:
-        key_documents = ctx.documents if ctx.key_documents is None else ctx.key_documents[:, :m]
-    return Visible(n, m, ctx.first_index, ctx.causal, window, ctx.documents, key_documents)
-
-
-def attention_mask(ctx: Context, window: int | None) -> tuple[Tensor | None, bool]:
+def attention_mask(ctx: Context, window: int | None, extra: bool = False) -> tuple[Tensor | None, bool]:
     """Which of the M keys each of the N queries sees, as torch's fused attention wants it: (mask, is_causal).
 
-    The mask is bool `[B or 1, 1, N, M]`; None where plain causal (or full) attention says it all, so that torch may
-    take its fastest path. Decided outside of the blocks, since inside compiled ones N may be symbolic.
+    The mask is bool `[B or 1, 1, N, M]`, or M + 1 where an `extra` key that all see goes before the others; None where
+    plain causal (or full) attention says it all, so that torch may take its fastest path. Decided outside of the
+    blocks, since inside compiled ones N may be symbolic.
     """
     n = ctx.positions.shape[1]
     only_new = ctx.first_index == 0 or (n == 1 and ctx.causal) or not ctx.causal
     if ctx.documents is None and window is None and only_new:
         return None, ctx.causal and n > 1
-    return visible(ctx, window).of(torch.arange(n, device=ctx.positions.device)), False
-
-
-def _remember(cache: dict[str, Any], k_BNGd: Tensor, v_BNGd: Tensor) -> tuple[Tensor, Tensor]:
-    """Append to the cached keys and values; return all of them."""
-    keys = cache.setdefault("k", GrowingTensor())
-    values = cache.setdefault("v", GrowingTensor())
-    return keys.append(k_BNGd), values.append(v_BNGd)
+    mask = visible(ctx, window).of(torch.arange(n, device=ctx.positions.device))
+    return F.pad(mask, (1, 0), value=True) if extra else mask, False

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.mutations.attention import FAULTS as IN_ATTENTION
 from tests.mutations.diagnostics import FAULTS as IN_DIAGNOSTICS
 from tests.mutations.fault import Fault
 from tests.mutations.general import FAULTS as GENERAL
@@ -22,7 +23,7 @@ from tests.mutations.reparam import FAULTS as OF_REPARAM
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *OF_REPARAM]
+FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *OF_REPARAM]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600

@@ -11,8 +11,8 @@ RESUME = "tests/trainer/test_resume.py"
 FAULTS = [
     Fault(
         "causal mask off by one (softmax)",
-        "model/mixers/softmax.py",
-        [("seen = (keys <= queries)", "seen = (keys <= queries + 1)")],
+        "kernels/attention/visible.py",
+        [("seen = (keys_M <= places) if", "seen = (keys_M <= places + 1) if")],
         [CONFORMANCE],
     ),
     Fault(

@@ -287,14 +287,11 @@ FAULTS = [
     ),
     Fault(
         "keys of a piece alone",
-        "model/mixers/softmax.py",
+        "model/mixers/attention.py",
         [
             ("ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)", "(k_BNGd, v_BNGd)"),
-            (
-                "torch.arange(m, device=ctx.positions.device)[None, :]",
-                "torch.arange(ctx.first_index, m, device=ctx.positions.device)[None, :]",
-            ),
             ("ctx.key_documents[:, :m]", "ctx.key_documents[:, ctx.first_index : m]"),
+            ("return Visible(n, m, ctx.first_index,", "return Visible(n, n, 0,"),
         ],
         cells("softmax", "cp2"),
     ),

@@ -49,6 +49,7 @@ def doctor(argv: list[str]) -> int:
         table.add_row("gpu", "none", "training runs on the CPU with gloo, in fp32")
     table.add_row("lightning attention", "portable", "chunked, batched products; any device")
     table.add_row("softmax attention", "torch", "scaled_dot_product_attention")
+    table.add_row("sigmoid attention", "portable", "blocks of queries; any device")
     Console().print(table)
     return 0
 

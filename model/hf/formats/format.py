@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,13 @@ def unlike(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for key, value in wanted.items()
         if found[key] != value or isinstance(found[key], bool) is not isinstance(value, bool)
     ]
+
+
+def extra_weight_faults(softmax: Iterable[Any]) -> list[str]:
+    """Why a class whose softmax is over tokens alone cannot say these settings of softmax layers."""
+    if any(settings.takes_weight for settings in softmax):
+        return ["softmax is over tokens alone there, without key_bias and sink."]
+    return []
 
 
 def rope_theta(config: Any, faults: list[str]) -> float:

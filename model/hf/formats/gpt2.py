@@ -9,6 +9,7 @@ from model.hf.formats.format import (
     Format,
     Tables,
     Unfit,
+    extra_weight_faults,
     read_with_transformers,
     refuse,
     single_feedforward,
@@ -74,6 +75,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         reasons.append("as many key and value heads as query heads, together as wide as the model, are there.")
     if first.qk_norm or first.window is not None or first.qkv_bias is False:
         reasons.append("no qk_norm, no window, and biases on q, k and v are there.")
+    reasons += extra_weight_faults([first])
     if reasons:
         raise Unfit(reasons)
     return written_by_transformers(

@@ -10,6 +10,7 @@ from model.hf.formats.format import (
     Format,
     Tables,
     Unfit,
+    extra_weight_faults,
     read_with_transformers,
     refuse,
     rope_theta,
@@ -92,7 +93,7 @@ def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
     windows = [s.window for s in settings]
     first = settings[0]
     have = {"model.bias": m.bias, "qkv_bias": _qkv_bias(first, m.bias), "qk_norm": first.qk_norm}
-    reasons += _differences(model_type, have, windows)
+    reasons += _differences(model_type, have, windows) + extra_weight_faults(settings)
     if reasons:
         raise Unfit(reasons)
     head_dim = first.head_dim or m.d_model // first.num_heads

@@ -9,6 +9,7 @@ from model.hf.formats.format import (
     Format,
     Tables,
     Unfit,
+    extra_weight_faults,
     read_with_transformers,
     refuse,
     rope_theta,
@@ -80,6 +81,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
     softmax = [settings for cls, settings in used.values() if cls is Softmax]
     if any(s != softmax[0] for s in softmax) or any(s.qk_norm or s.window or s.qkv_bias for s in softmax):
         reasons.append("softmax layers are all alike there, without qk_norm, window and qkv_bias.")
+    reasons += extra_weight_faults(softmax)
     heads = {(s.num_heads, s.head_dim or m.d_model // s.num_heads) for _, s in used.values()}
     if len(heads) > 1:
         reasons.append("softmax and minimax layers have as many heads of the same width there.")
