@@ -176,6 +176,8 @@ def frozen_parts(case: Case) -> dict[str, Any]:
     for number in (1, 2, 3):
         updater.update(share_of(model, number), number, lr=LR)
     same = {name for name, p in model.learned.items() if torch.equal(p, before[name])}
+    # With a gradient of zero, momentum from before would carry a gain on.
+    assert same == {name for name, p in model.learned.items() if not p.requires_grad}
     return {"same": same, "all": set(before), "norms": model.reparam.norms(), "measured": measured_norms(model)}
 
 
