@@ -215,7 +215,7 @@ def test_bf16_stays_near(pool: Pool, alone: Alone) -> None:
     for found in pool.run(two_steps, 2, replace(CASE, model={}), ParallelConfig(), "bf16"):
         assert found["losses"] == pytest.approx(wanted["losses"], rel=0.02)
         assert found["auxiliary"] == pytest.approx(wanted["auxiliary"], rel=0.05)
-        assert {p.dtype for p in found["beside"]} == {torch.float32}
+        assert {p.dtype for p in found["beside"].values()} == {torch.float32}
 
 
 def evaluated_and_trained(case: Case) -> dict[str, Any]:
