@@ -199,7 +199,7 @@ def test_reparametrised_matrices_are_planned(name: str, hybrid: Path, pool: Pool
     test_a_plan_is_what_a_real_step_does(name, hybrid, pool)
     (rank,) = traced(hybrid, world_size, **parallel)
     before, after = (sum(s.count for s in found.sent if s.kind == "all-reduce") for found in (without, rank))
-    assert after - before == 3
+    assert after - before == (3 if world_size > 1 else 0)
 
 
 @pytest.mark.parametrize("name", ["cp2 x fsdp2", pytest.param("alone, selective", marks=pytest.mark.matrix)])
