@@ -3,9 +3,11 @@
     python benchmarks/reparam_cost.py
 
 Two models of one architecture and the same batches, in one process, step by step in turns, the first of each pair
-alternating; after that the optimizer's part alone (from gradients to updated parameters), and what the plain autograd
-form of the same thing takes, which scales every matrix in every forward pass. Prints medians and ratios; appends one
-JSON line to `--out`.
+alternating. By the clock, and in seconds of processors, which other work on a shared machine disturbs less: whole
+steps, and the part from gradients to updated parameters, the only one in which the two differ. What it costs goes by
+the parameters, and a step by parameters times tokens: so the more tokens a step has, the smaller its part. Beside them
+a forward and backward of the plain autograd form, which scales every matrix in every pass. Prints medians of rounds and
+ratios; appends one JSON line to `--out`.
 """
 
 import argparse
@@ -64,21 +66,30 @@ def build(options: argparse.Namespace, reparam: ReparamConfig) -> Updater:
     return Updater(model, optimizer, NextToken(), grad_clip=1.0, seed=0, stop=StopRequest())
 
 
+def now() -> tuple[float, float]:
+    """By the clock, and what the processors have worked."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> tuple[float, float]:
+    return tuple(b - a for a, b in zip(began, now(), strict=True))  # type: ignore[return-value]
+
+
 class Clocked:
-    """Times what comes after the gradients of a step."""
+    """Notes when the gradients of a step are there."""
 
     def __init__(self, updater: Updater):
-        self.began, train = 0.0, updater.model.train
+        self.began, train = now(), updater.model.train
 
         def clocked(*args: Any) -> float:
             nats = train(*args)
-            self.began = time.perf_counter()
+            self.began = now()
             return nats
 
         updater.model.train = clocked  # type: ignore[method-assign]
 
 
-def plain_autograd(model: Spread, part: Batch) -> float:
+def plain_autograd(model: Spread, part: Batch) -> tuple[float, float]:
     """Seconds of a forward and backward in which every matrix is scaled by autograd."""
     reparam: Any = model.reparam
     raw = {name: p.detach().clone().requires_grad_() for name, p in model.parameters.items()}
@@ -86,55 +97,55 @@ def plain_autograd(model: Spread, part: Batch) -> float:
     vectors = {
         m.name: (model.kept[f"{m.name}.spectral_v"], model.kept[f"{m.name}.spectral_u"][:, 0]) for m in reparam.matrices
     }
-    began = time.perf_counter()
+    began = now()
     weights = raw | effective_weights(raw, gains, vectors, reparam.matrices)
     logits = torch.func.functional_call(model.stages[0], weights, (part.tokens,), {"positions": part.positions})
     NextToken().loss_sum(logits, part.targets, part.counted).backward()
-    return time.perf_counter() - began
+    return since(began)
 
 
-def plain_linears(model: Spread, part: Batch) -> float:
+def plain_linears(model: Spread, part: Batch) -> tuple[float, float]:
     """Seconds of a forward and backward as it is trained."""
-    began = time.perf_counter()
+    began = now()
     logits = model.stages[0](part.tokens, positions=part.positions)
     NextToken().loss_sum(logits, part.targets, part.counted).backward()
-    seconds = time.perf_counter() - began
+    seconds = since(began)
     for parameter in model.parameters.values():
         parameter.grad = None
     return seconds
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each round."""
+def measure(options: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """What is measured -> for each round the medians [by the clock, of processors], in seconds."""
     updaters = {name: build(options, reparam) for name, reparam in FORMS.items()}
     clocks = {name: Clocked(updater) for name, updater in updaters.items()}
-    found: dict[str, list[float]] = {f"{name} {what}": [] for name in FORMS for what in ("step", "update")}
-    found |= {"forward and backward": [], "forward and backward, by autograd": []}
+    keys = [f"{name} {what}" for name in FORMS for what in ("step", "update")]
+    keys += ["forward and backward", "forward and backward, by autograd"]
+    found: dict[str, list[list[float]]] = {key: [] for key in keys}
     count = 0
     for turn in range(options.rounds + 1):
-        seconds: dict[str, list[float]] = {key: [] for key in found}
+        seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
         for _ in range(options.steps):
             count += 1
             data = batch(options)
             for name in list(FORMS)[:: 1 if count % 2 else -1]:
-                began = time.perf_counter()
+                began = now()
                 updaters[name].update(data, count, 1e-4)
-                ended = time.perf_counter()
-                seconds[f"{name} step"].append(ended - began)
-                seconds[f"{name} update"].append(ended - clocks[name].began)
+                seconds[f"{name} step"].append(since(began))
+                seconds[f"{name} update"].append(since(clocks[name].began))
         part = next(data.micro_batches(options.microbatches))
         seconds["forward and backward"].append(plain_linears(updaters["sigma"].model, part))
         seconds["forward and backward, by autograd"].append(plain_autograd(updaters["sigma"].model, part))
         if turn:  # The first one warms up.
             for key, values in seconds.items():
-                found[key].append(statistics.median(values))
+                found[key].append([statistics.median(kind) for kind in zip(*values, strict=True)])
     return found
 
 
 def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("width", 512), ("layers", 4), ("rows", 8), ("length", 512), ("microbatches", 1)):
+    for name, default in (("width", 384), ("layers", 4), ("rows", 16), ("length", 512), ("microbatches", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=3, help="in each round, of each form")
     parser.add_argument("--rounds", type=int, default=7)
@@ -144,19 +155,26 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     seconds = measure(options)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    table = Table("", "seconds (median)", "lowest", "highest")
-    for key, values in seconds.items():
-        table.add_row(key, f"{medians[key]:.3f}", f"{min(values):.3f}", f"{max(values):.3f}")
+    table = Table("", "seconds", "lowest", "highest", "of processors", "lowest", "highest")
+    medians: dict[str, list[float]] = {}
+    for key, rounds in seconds.items():
+        cells = []
+        for values in zip(*rounds, strict=True):
+            medians.setdefault(key, []).append(statistics.median(values))
+            cells += [f"{x:.3f}" for x in (statistics.median(values), min(values), max(values))]
+        table.add_row(key, *cells)
     console = Console()
     console.print(table)
-    ratios = [b / a for a, b in zip(seconds["plain step"], seconds["sigma step"], strict=True)]
-    ratio = statistics.median(ratios)
-    updates = medians["sigma update"] - medians["plain update"]
-    console.print(
-        f"a step: {ratio:.4f} x that of plain linear maps (rounds: {', '.join(f'{r:.3f}' for r in sorted(ratios))}); "
-        f"the update takes {updates * 1000:.0f} ms more, {updates / medians['plain step']:.2%} of a step"
-    )
+    told = {}
+    for place, kind in enumerate(("by the clock", "of processors")):
+        pairs = zip(seconds["plain step"], seconds["sigma step"], strict=True)
+        ratio = statistics.median(b[place] / a[place] for a, b in pairs)
+        more = medians["sigma update"][place] - medians["plain update"][place]
+        told[kind] = {"step_ratio": ratio, "update_more": more, "part": more / medians["plain step"][place]}
+        console.print(
+            f"{kind}: a step {ratio:.4f} x that of plain linear maps; the update takes {more * 1000:.0f} ms more, "
+            f"{told[kind]['part']:.2%} of a step"
+        )
     record = {
         "benchmark": "reparam_cost",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -164,7 +182,7 @@ def main() -> None:
         "torch": torch.__version__,
         "options": {key: value for key, value in vars(options).items() if key != "out"},
         "seconds": seconds,
-        "step_ratio": ratio,
+        "told": told,
     }
     with options.out.open("a") as file:
         file.write(json.dumps(record) + "\n")

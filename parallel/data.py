@@ -67,7 +67,10 @@ def held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
     """The part of a parameter in this process's memory: the tensor, its global rows, and its slices in the rest."""
     if not isinstance(parameter, DTensor):
         return parameter, range(parameter.shape[0]), ()
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    # In a plan tensors have no values, and torch finds offsets by looking into some.
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     rows = range(offset[0], offset[0] + shape[0])
     columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
     return parameter.to_local(), rows, columns

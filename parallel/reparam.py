@@ -108,13 +108,13 @@ class SigmaReparam(PlainWeights):
                 f"{matrix.name}.spectral_u": self.u[self._u_slices[index]],
                 f"{matrix.name}.spectral_v": self.v[self._v_slices[index]],
             }
-        self._pieces = list(self._find_pieces())
+        self._pieces = self._trained = list(self._find_pieces())
 
     def freeze(self, names: set[str]) -> None:
         frozen = {index for index, matrix in enumerate(self.matrices) if names & set(matrix.parts)}
         for index in frozen:
             self.model.beside[f"{self.matrices[index].name}.spectral_gain"].requires_grad_(False)
-        self._pieces = [piece for piece in self._find_pieces() if piece.index not in frozen]
+        self._trained = [piece for piece in self._pieces if piece.index not in frozen]
 
     def _find_pieces(self) -> Iterator[_Piece]:
         for index, matrix in enumerate(self.matrices):
@@ -160,7 +160,7 @@ class SigmaReparam(PlainWeights):
             self.gains.copy_(self.sigma)
             return
         self.gains.fill_(1.0 if self.config.gain_init == "one" else float(self.config.gain_init))
-        self._apply(torch._foreach_mul_, self._scales())
+        self._apply(torch._foreach_mul_, self._pieces)
 
     @torch.no_grad()
     def complete_gradients(self) -> None:
@@ -168,7 +168,7 @@ class SigmaReparam(PlainWeights):
         inner = torch.zeros_like(gains)
         found = [
             (piece, local(parameter), local(parameter.grad))
-            for piece in self._pieces
+            for piece in self._trained
             if (parameter := self.model.parameters[piece.name]).grad is not None
         ]
         for piece, weight, gradient in found:
@@ -193,11 +193,11 @@ class SigmaReparam(PlainWeights):
     def raw_weights(self) -> Iterator[None]:
         with torch.no_grad():
             # By division with the same numbers: what is rounded then has no preferred direction from step to step.
-            self._apply(torch._foreach_div_, self._scales())
+            self._apply(torch._foreach_div_, self._trained)
         yield
         with torch.no_grad():
             self._iterate()
-            self._apply(torch._foreach_mul_, self._scales())
+            self._apply(torch._foreach_mul_, self._trained)
 
     def norms(self) -> dict[str, tuple[float, float]]:
         pairs = zip(self.sigma.tolist(), self.gains.tolist(), strict=True)
@@ -205,7 +205,7 @@ class SigmaReparam(PlainWeights):
 
     def _iterate(self) -> None:
         """One power iteration of every matrix (`model.reparam.power_iteration`), in two reductions for all of them."""
-        pieces = [(piece, local(self.model.parameters[piece.name])) for piece in self._pieces if piece.counts]
+        pieces = [(piece, local(self.model.parameters[piece.name])) for piece in self._trained if piece.counts]
         products = torch.zeros(len(self.v), self.config.vectors, dtype=self.v.dtype, device=self.v.device)
         for piece, weight in pieces:
             products[piece.rows] += weight @ self.u[piece.columns]
@@ -234,11 +234,12 @@ class SigmaReparam(PlainWeights):
         """gain / sigma of every matrix."""
         return (self._effective_gains().double() / self.sigma).tolist()
 
-    def _apply(self, operation: Callable[[list[Tensor], list[float]], None], numbers: list[float]) -> None:
-        """Multiply or divide what is here of every matrix by its number."""
-        if self._pieces:
-            weights = [local(self.model.parameters[piece.name]) for piece in self._pieces]
-            operation(weights, [numbers[piece.index] for piece in self._pieces])
+    def _apply(self, operation: Callable[[list[Tensor], list[float]], None], pieces: list[_Piece]) -> None:
+        """Multiply or divide these pieces by gain / sigma of their matrices."""
+        if pieces:
+            scales = self._scales()
+            weights = [local(self.model.parameters[piece.name]) for piece in pieces]
+            operation(weights, [scales[piece.index] for piece in pieces])
 
 
 def _consecutive(sizes: list[int]) -> list[slice]:

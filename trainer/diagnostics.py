@@ -15,6 +15,8 @@ BY_HEAD = ("entropy", "entropy_norm", "logit_max", "effective_keys", "sink", "si
 """Keys of `diagnostics` with a row for each layer and in it a number for each head."""
 BY_LAYER = ("residual_max", "first_norm_ratio")
 """Keys with a number for each layer."""
+SPECTRAL = ("sigma", "gain")
+"""Keys with a number for each reparametrised matrix."""
 DIGITS = 5
 """Significant digits of what is kept by layer and head."""
 
@@ -75,9 +77,7 @@ def spectral(norms: dict[str, tuple[float, float]]) -> dict[str, dict[str, float
     """Of reparametrised matrices by name, `sigma`, the norm of W, and `gain`, that of what is multiplied."""
     if not norms:
         return {}
-    return {
-        key: {name: _short(pair[place]) for name, pair in norms.items()} for place, key in enumerate(("sigma", "gain"))
-    }
+    return {key: {name: _short(pair[place]) for name, pair in norms.items()} for place, key in enumerate(SPECTRAL)}
 
 
 def _short(value: float) -> float | int | None:
@@ -89,7 +89,10 @@ def _short(value: float) -> float | int | None:
 
 
 def layer_means(diagnostics: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(`attention_entropy/layer_00`, value), ...: the mean over heads of each layer, for what draws single numbers."""
+    """(`attention_entropy/layer_00`, value), ...: the mean over heads of each layer, for what draws single numbers; and
+    `sigma` and `gain` of each matrix."""
+    for key in SPECTRAL:
+        yield from ((f"{key}/{name}", value) for name, value in diagnostics.get(key, {}).items() if value is not None)
     for name in (*BY_HEAD, *BY_LAYER):
         if name == "sink_argmax":
             continue  # a mean of places means nothing

@@ -182,7 +182,7 @@ def test_a_layout_equals_one_process(pool: Pool, alone: Alone, name: str) -> Non
 
 
 @MATRIX
-@pytest.mark.parametrize("name", ["fsdp2", "cp2", "tp2 x cp2", "tp2 x pp2 x fsdp2", "accumulate 4", "cp2, recompute"])
+@pytest.mark.parametrize("name", ["tp2 x cp2", "tp2 x pp2 x fsdp2", "cp2, recompute"])
 @pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "mean"])
 def test_other_penalties_in_a_layout(pool: Pool, alone: Alone, penalty: str, name: str) -> None:
     compare(pool, alone, replace(CASE, entropy=PENALTIES[penalty]), name)
@@ -215,7 +215,7 @@ def test_bf16_stays_near(pool: Pool, alone: Alone) -> None:
     for found in pool.run(two_steps, 2, replace(CASE, model={}), ParallelConfig(), "bf16"):
         assert found["losses"] == pytest.approx(wanted["losses"], rel=0.02)
         assert found["auxiliary"] == pytest.approx(wanted["auxiliary"], rel=0.05)
-        assert {p.dtype for p in found["beside"]} == {torch.float32}
+        assert {p.dtype for p in found["beside"].values()} == {torch.float32}
 
 
 def evaluated_and_trained(case: Case) -> dict[str, Any]:

@@ -71,7 +71,7 @@ FAULTS = [
     Fault(
         "an optimizer that steps on what is multiplied",
         FILE,
-        [("            self._apply(torch._foreach_div_, self._scales())\n", "            pass\n")],
+        [("            self._apply(torch._foreach_div_, self._trained)\n", "            pass\n")],
         [f"{FAST}[one]"],
     ),
     Fault(
@@ -89,7 +89,7 @@ FAULTS = [
     Fault(
         "frozen matrices that are scaled all the same",
         FILE,
-        [("for piece in self._find_pieces() if piece.index not in frozen]", "for piece in self._find_pieces()]")],
+        [("for piece in self._pieces if piece.index not in frozen]", "for piece in self._pieces]")],
         ["tests/parallel/test_reparam.py::test_frozen_matrices_stay_bit_for_bit_and_frozen_gains_too"],
     ),
     Fault(

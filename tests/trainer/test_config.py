@@ -12,6 +12,7 @@ import torch
 
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import process_group, this_process
+from parallel.reparam import PlainWeights
 from parallel.spread import Spread, spread
 from tests.trainer.runs import write_config
 from trainer.config import Config, Refused, ScheduleConfig, config_from_tables, load_config
@@ -245,6 +246,7 @@ def test_the_optimizer_is_adamw_by_its_formula() -> None:
         weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
         parameters = learned = {"weight": weight}
         beside: dict[str, torch.nn.Parameter] = {}
+        reparam = PlainWeights()
         uncut = torch.nn.ParameterDict(parameters)
         stages: list[torch.nn.Module] = []
 

@@ -154,7 +154,8 @@ def really_traced(path: Path, precision: str, parallel: dict[str, Any]) -> tuple
     world_size = dist.get_world_size()
     config = configured(path, world_size, **parallel)
     layout = resolve_layout(config.parallel, world_size)
-    model = spread(config.architecture, build_mesh(layout, "cpu"), torch.device("cpu"), precision=precision, seq_len=N)
+    mesh, cpu = build_mesh(layout, "cpu"), torch.device("cpu")
+    model = spread(config.architecture, mesh, cpu, precision=precision, seq_len=N, reparam=config.reparam)
     model.initialise(0)
     optimizer = build_optimizer(model, config.optimizer, [], add_auxiliary_losses(model, config))
     states = [x for state in optimizer.state.values() for x in state.values()]
@@ -189,7 +190,19 @@ def test_a_plan_is_what_a_real_step_does(name: str, hybrid: Path, pool: Pool) ->
         assert rank == replace(found, memory=rank.memory)
 
 
-@pytest.mark.parametrize("name", ["cp2 x fsdp2", pytest.param("alone, selective", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", ["alone, selective", pytest.param("cp2 x fsdp2", marks=pytest.mark.matrix)])
+def test_reparametrised_matrices_are_planned(name: str, hybrid: Path, pool: Pool) -> None:
+    """Gains, vectors, and three reductions over all processes."""
+    world_size, _, parallel = LAYOUTS[name]
+    (without,) = traced(hybrid, world_size, **parallel)
+    hybrid.write_text(hybrid.read_text() + '\n[reparam]\nkind = "sigma"\n')
+    test_a_plan_is_what_a_real_step_does(name, hybrid, pool)
+    (rank,) = traced(hybrid, world_size, **parallel)
+    before, after = (sum(s.count for s in found.sent if s.kind == "all-reduce") for found in (without, rank))
+    assert after - before == (3 if world_size > 1 else 0)
+
+
+@pytest.mark.parametrize("name", ["alone, selective", pytest.param("cp2 x fsdp2", marks=pytest.mark.matrix)])
 def test_a_penalty_on_entropies_is_planned(name: str, hybrid: Path, pool: Pool) -> None:
     """Its blocks of the map, its thresholds, and what is summed for it."""
     world_size, _, parallel = LAYOUTS[name]

@@ -118,6 +118,23 @@ def test_what_is_exported_is_a_plain_model(twin: Path, tmp_path: Path, in_this_p
             assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(gain, rel=1e-2), name
 
 
+def test_norms_and_gains_are_in_records_and_in_tensorboard(pool: Pool, prefix: str, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = {"diagnose_every_steps": 2, "sinks": ["jsonl", "tensorboard"]}
+    run_dir = run(pool, config_in(tmp_path / "it", prefix, reparam=SIGMA, metrics=metrics, schedule={"steps": 2}))
+    found = read_metrics(run_dir)[-1]["diagnostics"]
+    held = stored(run_dir, 2)
+    for key, name in (("gain", "spectral_gain"), ("sigma", "spectral_norm")):
+        wanted = {k.removeprefix("beside.").removesuffix(f".{name}"): x.item() for k, x in held.items() if name in k}
+        wanted = {k: x for k, x in wanted.items() if not k.startswith("optimizer.")}
+        assert found[key] == pytest.approx(wanted, rel=1e-4)
+        assert len(wanted) == 15
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    (event,) = events.Scalars("gain/layers.1.mixer.q")
+    assert event.value == pytest.approx(found["gain"]["layers.1.mixer.q"])
+
+
 def test_all_faults_are_listed_at_once(prefix: str, tmp_path: Path) -> None:
     config = config_in(
         tmp_path / "wrong",
