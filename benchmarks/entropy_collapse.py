@@ -61,7 +61,9 @@ def lowest_entropies(run: Run) -> tuple[list[int], list[float]]:
     return [step for step, values in found if values], [min(values) for _, values in found if values]
 
 
-def draw(pairs: list[tuple[Run, Run]], sweep: dict[float, tuple[Run, Run]], lr: float, verdict: str, path: Path) -> None:
+def draw(
+    pairs: list[tuple[Run, Run]], sweep: dict[float, tuple[Run, Run]], lr: float, verdict: str, path: Path
+) -> None:
     """Losses above, lowest layer entropies in the middle, and the last losses at each learning rate below."""
     import matplotlib.pyplot as plt
 
@@ -88,9 +90,9 @@ def draw(pairs: list[tuple[Run, Run]], sweep: dict[float, tuple[Run, Run]], lr: 
 def main() -> int:
     """Train all, compare, draw, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=3e-2, help="of the runs with several seeds")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
-    for name, default in (("layers", 16), ("width", 64), ("heads", 4), ("steps", 150), ("rows", 8), ("length", 128)):
+    parser.add_argument("--lr", type=float, default=5e-2, help="of the runs with several seeds")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[3e-3, 1e-2, 5e-2, 1e-1])
+    for name, default in (("layers", 16), ("width", 64), ("heads", 4), ("steps", 200), ("rows", 8), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--init-std", type=float, default=0.02)
@@ -127,7 +129,9 @@ def main() -> int:
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "picture")},
         "collapsed": count,
         "last_losses": [[lr, seed, *(_number(last_loss(run)) for run in pair)] for (lr, seed), pair in found.items()],
-        "lowest_entropies": [[lr, seed, *(lowest_entropies(r)[1][-1] for r in pair)] for (lr, seed), pair in found.items()],
+        "lowest_entropies": [
+            [lr, seed, *(lowest_entropies(r)[1][-1] for r in pair)] for (lr, seed), pair in found.items()
+        ],
         "seconds": round(time.monotonic() - began),
     }
     with options.out.open("a") as file:
