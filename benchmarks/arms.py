@@ -41,7 +41,7 @@ class Arm:
 
     Attributes:
         tables: `model`, `mixers` and `feedforwards` of a configuration; the vocabulary is that of bytes.
-        warmup: updates in which the learning rate rises; after them it is constant, or, with `cosine`, falls to a tenth.
+        warmup: updates in which the learning rate rises; then it is constant, or, with `cosine`, falls to a tenth.
         at_lines: rows begin with the end of a line, so that the first token is the same in all of them.
         look_every: updates between two looks at attention.
     """

@@ -3,7 +3,7 @@
     python benchmarks/sink_rate.py
 
 The point of the attention sink study (Gu et al., arXiv 2410.10781) at a size that two cores train in minutes. Bytes of
-Python's own library, one document a row, which begins with the end of a line; both arms differ in their mixer alone. The
+Python's own library, one document a row, which begins with the end of a line; the arms differ in their mixer alone. The
 sink rate is the share of (row, layer, head) in which the queries of the first 64 tokens give the first one more than
 0.3 of their weight on the mean, on rows that are never trained on; weights of sigmoid attention are divided by their
 sum for this metric only. Draws sink rates and losses over steps; appends a JSON line to `--out`. Ends with 1 unless
