@@ -6,8 +6,8 @@ The point of the sigmaReparam paper (arXiv 2303.06296) at a size that two cores 
 library, the same rows for both arms, a learning rate that is there from the first step on. Both are trained at several
 learning rates with one seed, and with three seeds at `--lr`. Collapsed is a run whose loss is no number, or whose last
 losses (mean of 20) are at least 0.5 nats above those of the other arm with the same seed. The figure says what came
-out; a JSON line is appended to `--out`. Ends with 1 where the plain model does not collapse with every seed, or the other
-one does.
+out; a JSON line is appended to `--out`. Ends with 1 where the plain model does not collapse with every seed, or the
+other one does.
 """
 
 import argparse
