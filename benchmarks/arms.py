@@ -42,7 +42,6 @@ class Arm:
     Attributes:
         tables: `model`, `mixers` and `feedforwards` of a configuration; the vocabulary is that of bytes.
         warmup: updates in which the learning rate rises; then it is constant, or, with `cosine`, falls to a tenth.
-        at_lines: rows begin with the end of a line, so that the first token is the same in all of them.
         look_every: updates between two looks at attention.
     """
 
@@ -56,7 +55,6 @@ class Arm:
     warmup: int = 0
     cosine: bool = False
     reparam: ReparamConfig = field(default_factory=ReparamConfig)
-    at_lines: bool = False
     look_every: int = 25
     look_rows: int = 16
 
@@ -77,20 +75,12 @@ def batch_of(sources: torch.Tensor, places: torch.Tensor, length: int) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:], torch.ones_like(positions, dtype=torch.bool), None, positions)
 
 
-def places_of(sources: torch.Tensor, arm: Arm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where rows may begin, of those that are trained on and of those that are held out."""
-    last = BYTES - arm.length - 1
-    places = (sources[:last] == ord("\n")).nonzero()[:, 0] if arm.at_lines else torch.arange(last)
-    trained = places < BYTES - HELD_OUT - arm.length - 1
-    return places[trained], places[places >= BYTES - HELD_OUT]
-
-
 def batches(sources: torch.Tensor, arm: Arm) -> Iterator[Batch]:
     """Rows at random places, by the seed: the same in all arms."""
     generator = torch.Generator().manual_seed(arm.seed)
-    places, _ = places_of(sources, arm)
     for _ in range(arm.steps):
-        yield batch_of(sources, places[torch.randint(len(places), (arm.rows,), generator=generator)], arm.length)
+        places = torch.randint(BYTES - HELD_OUT - arm.length - 1, (arm.rows,), generator=generator)
+        yield batch_of(sources, places, arm.length)
 
 
 def build(arm: Arm) -> tuple[Spread, Updater]:
@@ -131,8 +121,8 @@ def train(arm: Arm) -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sources = python_sources(BYTES)
-    _, places = places_of(sources, arm)
-    held_out = batch_of(sources, places[torch.linspace(0, len(places) - 1, arm.look_rows).long()], arm.length)
+    places = torch.linspace(BYTES - HELD_OUT, BYTES - arm.length - 1, arm.look_rows).long()
+    held_out = batch_of(sources, places, arm.length)
     model, updater = build(arm)
     losses: list[float] = []
     looks = [look(model, held_out, 0)]
