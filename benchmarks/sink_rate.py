@@ -7,7 +7,7 @@ Bytes of Python's own library, one document a row; the arms differ in their mixe
 (row, layer, head) in which the queries of the first 64 tokens give the first one more than 0.3 of their weight on the
 mean, on rows that are never trained on; weights of sigmoid attention are divided by their sum for this metric only.
 Draws sink rates and losses over steps; appends a JSON line to `--out`. Ends with 1 unless softmax ends above 10% and
-sigmoid below 1%: at the default size there are none in either.
+sigmoid below 1%. At the default size it ends with 1: softmax has none, either.
 """
 
 import argparse
