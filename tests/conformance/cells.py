@@ -11,7 +11,7 @@ from parallel.mesh import layout_faults, unbuilt_faults
 from tests.conformance.layouts import LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
 from tests.conformance.models import CASES, mixer_class
 from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
-from tests.conformance.test_layouts import KINDS, OTHER_LAYOUTS, OTHERS, faults
+from tests.conformance.test_layouts import IN_PRODUCTS, KINDS, OTHER_LAYOUTS, OTHERS, faults
 
 Rows = list[tuple[str, ...]]
 FILE = "tests/conformance/test_layouts.py"
@@ -20,8 +20,10 @@ FILE = "tests/conformance/test_layouts.py"
 def tables() -> dict[str, Rows]:
     """Every table of docs/layouts.md by its name."""
     return {
-        "layouts": _cells(LAYOUTS, ["test_a_layout_equals_one_process", "test_a_layout_equals_one_process_in_fp32"]),
-        "products": _cells(PRODUCTS, ["test_a_product_equals_one_process"]),
+        "layouts": _cells(
+            LAYOUTS, KINDS, ["test_a_layout_equals_one_process", "test_a_layout_equals_one_process_in_fp32"]
+        ),
+        "products": _cells(PRODUCTS, IN_PRODUCTS, ["test_a_product_equals_one_process"]),
         "other settings": _other_settings(),
         "crossings": _crossings(),
         "refusals": _refusals(),
@@ -35,11 +37,11 @@ def settings_of(parallel: ParallelConfig) -> str:
     return ", ".join(f"{key} {value}" for key, value in changed.items() if value != getattr(default, key)) or "defaults"
 
 
-def _cells(layouts: dict[str, tuple[int, ParallelConfig]], tests: list[str]) -> Rows:
+def _cells(layouts: dict[str, tuple[int, ParallelConfig]], kinds: list[str], tests: list[str]) -> Rows:
     held = "; ".join(["fp64, 1e-9", "fp32, 1e-5"][: len(tests)])
-    rows: Rows = [("layout", "processes", "settings", *KINDS), ("---", "--:", *["---"] * (1 + len(KINDS)))]
+    rows: Rows = [("layout", "processes", "settings", *kinds), ("---", "--:", *["---"] * (1 + len(kinds)))]
     for name, (world_size, parallel) in layouts.items():
-        cells = [_cell(replace(Case.of(kind, name, "fp64"), num_layers=8), name, held) for kind in KINDS]
+        cells = [_cell(replace(Case.of(kind, name, "fp64"), num_layers=8), name, held) for kind in kinds]
         rows.append((name, str(world_size), settings_of(parallel), *cells))
     return rows
 
@@ -104,7 +106,7 @@ def test_ids() -> set[str]:
     """Every test that the tables speak of, as pytest calls it."""
     ids = {f"{FILE}::test_a_layout_equals_one_process[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
     ids |= {f"{FILE}::test_a_layout_equals_one_process_in_fp32[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
-    ids |= {f"{FILE}::test_a_product_equals_one_process[{kind}-{name}]" for kind in KINDS for name in PRODUCTS}
+    ids |= {f"{FILE}::test_a_product_equals_one_process[{kind}-{name}]" for kind in IN_PRODUCTS for name in PRODUCTS}
     ids |= {f"{FILE}::test_other_settings_of_a_mixer[{k}-{e}-{name}]" for k, e in OTHERS for name in OTHER_LAYOUTS}
     return ids
 

@@ -105,9 +105,13 @@ def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kind: str
     compare(pool, alone, Case.of(kind, name, "fp32"), name, "fp32")
 
 
+IN_PRODUCTS = [kind for kind in KINDS if kind != "sigmoid"]
+"""Sigmoid attention is cut as softmax attention is, of which it has all but what a query does with keys."""
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", PRODUCTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_PRODUCTS)
 def test_a_product_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
     compare(pool, alone, Case.of(kind, name, "fp64"), name, "fp64")
 
