@@ -11,17 +11,14 @@ other one does.
 """
 
 import argparse
-import datetime
-import json
 import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from arms import Arm, last_loss, train_all
-from lightning_length import describe_hardware
+from recording import append
 from rich.console import Console
 from rich.table import Table
 
@@ -98,7 +95,9 @@ def main() -> int:
     parser.add_argument("--init-std", type=float, default=0.02)
     parser.add_argument("--grad-clip", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="few steps, one seed, no sweep: see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps, one seed, no sweep: see that it runs; leaves nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/entropy_collapse.jsonl"))
     parser.add_argument("--picture", type=Path, default=Path("docs/entropy_collapse.svg"))
     options = parser.parse_args()
@@ -120,23 +119,19 @@ def main() -> int:
     verdict = f"The plain model collapsed with {count} of {len(pairs)} seeds, where sigmaReparam trained"
     console = Console()
     console.print(table, f"{verdict}; {time.monotonic() - began:.0f} s", sep="\n")
-    draw(pairs, sweep, options.lr, verdict, options.picture)
-    record = {
-        "benchmark": "entropy_collapse",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-        "torch": torch.__version__,
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "picture")},
-        "collapsed": count,
-        "last_losses": [[lr, seed, *(_number(last_loss(run)) for run in pair)] for (lr, seed), pair in found.items()],
-        "lowest_entropies": [
+    if not options.quick:
+        draw(pairs, sweep, options.lr, verdict, options.picture)
+    append(
+        options,
+        "entropy_collapse",
+        collapsed=count,
+        last_losses=[[lr, seed, *(_number(last_loss(run)) for run in pair)] for (lr, seed), pair in found.items()],
+        lowest_entropies=[
             [lr, seed, *(lowest_entropies(r)[1][-1] for r in pair)] for (lr, seed), pair in found.items()
         ],
-        "seconds": round(time.monotonic() - began),
-    }
-    with options.out.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    return 0 if count == len(pairs) else 1
+        seconds=round(time.monotonic() - began),
+    )
+    return 0 if options.quick or count == len(pairs) else 1
 
 
 def _number(value: float) -> float | None:

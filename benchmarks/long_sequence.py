@@ -9,8 +9,6 @@ of the same layers would be. Appends one JSON line to `--out`; ends with 1 when 
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import sysconfig
@@ -23,8 +21,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from lightning_length import describe_hardware
 from plan import forget_peak, memory
+from recording import append
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -159,19 +157,14 @@ def main() -> int:
     console.print(
         f"losses at most {apart:.1e} nats apart; peak {max(found[options.cp]['peaks']) / found[1]['peaks'][0]:.2f} x"
     )
-    record = {
-        "benchmark": "long_sequence",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-        "torch": torch.__version__,
-        "options": {key: value for key, value in vars(options).items() if key != "out"},
-        "runs": found,
-        "state_bytes": states,
-        "keys_values_bytes": keys_values,
-        "apart": apart,
-    }
-    with options.out.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(
+        options,
+        "long_sequence",
+        runs=found,
+        state_bytes=states,
+        keys_values_bytes=keys_values,
+        apart=apart,
+    )
     return 0 if apart <= 1e-5 else 1
 
 

@@ -11,8 +11,6 @@ ratios; appends one JSON line to `--out`.
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_length import describe_hardware
+from recording import append
 from rich.console import Console
 from rich.table import Table
 
@@ -147,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", 384), ("layers", 4), ("rows", 16), ("length", 512), ("microbatches", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--steps", type=int, default=3, help="in each round, of each form")
+    parser.add_argument("--steps", type=int, default=2, help="in each round, of each form")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reparam_cost.jsonl"))
@@ -175,17 +173,12 @@ def main() -> None:
             f"{kind}: a step {ratio:.4f} x that of plain linear maps; the update takes {more * 1000:.0f} ms more, "
             f"{told[kind]['part']:.2%} of a step"
         )
-    record = {
-        "benchmark": "reparam_cost",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-        "torch": torch.__version__,
-        "options": {key: value for key, value in vars(options).items() if key != "out"},
-        "seconds": seconds,
-        "told": told,
-    }
-    with options.out.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(
+        options,
+        "reparam_cost",
+        seconds=seconds,
+        told=told,
+    )
     dist.destroy_process_group()
 
 

@@ -199,7 +199,7 @@ def power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     With one column it is that of the paper: v = W u / |W u|, u' = W^T v / |W^T v|, sigma = v^T W u' = |W^T v|. With
     several, their span is iterated, and sigma is the largest singular value of what is in it: V = orth(W u), and from
     W^T V = U S R^T come u' = U, v = V R_1, sigma = S_1. So a direction that overtakes the first has been followed
-    before. With one column, sigma was found to lag behind by up to a fifth (docs/reparam.md).
+    before. With one column, sigma was found to lag behind by up to a quarter (docs/reparam.md).
     """
     basis = torch.linalg.qr(matrix @ u).Q
     left, norms, right = torch.linalg.svd(matrix.T @ basis, full_matrices=False)

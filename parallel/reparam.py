@@ -59,8 +59,13 @@ class PlainWeights:
     def freeze(self, names: set[str]) -> None:
         """Leave matrices with any of these parameters, of the whole model's, as they are."""
 
-    def begin(self) -> None:
-        """Find the norms of the matrices as they are, and give them their first gains. Collective."""
+    def begin(self, *, as_they_are: bool = False) -> None:
+        """Find the norms of the matrices, and give them their first gains. Collective.
+
+        Args:
+            as_they_are: leave what is multiplied as it is, whatever the configuration says of first gains: the weights
+                are those of a run that goes on.
+        """
 
     def complete_gradients(self) -> None:
         """From gradients of what was multiplied to those of W and the gains; once a step. Collective."""
@@ -134,16 +139,17 @@ class SigmaReparam(PlainWeights):
                 first_row += count
 
     @torch.no_grad()
-    def begin(self) -> None:
-        holders = self.model.mesh.tensors
-        mine = _place_in(holders)
+    def begin(self, *, as_they_are: bool = False) -> None:
+        # One process of those that hold them between them finds the vectors of a matrix; they take turns.
+        holders = self.model.mesh.tensors.mesh.flatten().tolist()
+        mine = holders.index(dist.get_rank())
         for tensor in (self.u, self.v, self.sigma):
             tensor.zero_()
         for index, matrix in enumerate(self.matrices):
             if matrix.parts[0] not in self.model.parameters:
                 continue
             parts = [_full(self.model.whole(name, self.model.parameters[name])) for name in matrix.parts]
-            if index % holders.size() == mine:
+            if index % len(holders) == mine:
                 sigma, v, u = largest_singular(torch.cat(parts), self.config.vectors)
                 self.sigma[index] = sigma
                 self.v[self._v_slices[index]] = v
@@ -156,7 +162,7 @@ class SigmaReparam(PlainWeights):
                 f"reparam.targets has {', '.join(zero)}, whose weights are all zero: they have no direction to keep. "
                 "Leave them out of reparam.targets."
             )
-        if self.config.gain_init == "sigma":
+        if as_they_are or self.config.gain_init == "sigma":
             self.gains.copy_(self.sigma)
             return
         self.gains.fill_(1.0 if self.config.gain_init == "one" else float(self.config.gain_init))
@@ -271,14 +277,6 @@ def _each(values: Tensor, slices: list[slice]) -> Tensor:
     """A value a slice -> for every row of the slices."""
     lengths = torch.tensor([part.stop - part.start for part in slices], device=values.device)
     return values.repeat_interleave(lengths, output_size=slices[-1].stop)
-
-
-def _place_in(mesh: dist.DeviceMesh) -> int:
-    """This process's place among those of a mesh."""
-    place = 0
-    for coordinate, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
-        place = place * size + coordinate
-    return place
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Opti
 
     A parameter that was frozen when the folder was written (`run.freeze` may change), or updated by another optimizer,
     starts with a fresh optimizer state; of one that is frozen now, the stored state is left unread. What did not stand
-    beside the model then begins anew.
+    beside the model then, or in another shape, begins anew, and leaves the model as it is.
     """
     state = training_state(model, optimizer, Counters())
     stored = tensor_shapes(folder, "optimizer.")
@@ -74,11 +74,11 @@ def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Opti
         for name, moments in state["optimizer"].items()
         if all(f"{name}.{key}" in stored for key in moments)
     }
-    beside = tensor_shapes(folder, "beside.")
-    state["beside"] = {name: x for name, x in (model.beside | model.kept).items() if name in beside}
-    read_tensors(state, folder)
+    shapes = tensor_shapes(folder, "beside.")
+    beside = {name: x for name, x in (model.beside | model.kept).items() if shapes.get(name) == tuple(x.shape)}
+    read_tensors(state | {"beside": beside}, folder)
     if not model.kept.keys() <= beside.keys():
-        model.reparam.begin()
+        model.reparam.begin(as_they_are=True)
     model.update_copies()
     return Counters(**{key: int(value) for key, value in state["counters"].items()})
 

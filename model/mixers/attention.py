@@ -13,7 +13,7 @@ from kernels.attention import Visible
 from model.cache import GrowingTensor
 from model.context import Context
 from model.layer import Mixer, Site, gate_heads
-from model.mixers.heads import head_faults, nearest_divisor, rotation_faults
+from model.mixers.heads import PROJECTIONS, head_faults, nearest_divisor, rotation_faults
 from model.norms import make_norm
 from model.positions import rotary_table, rotate
 
@@ -68,14 +68,7 @@ class Attention(Mixer):
     context = "kv"
     has_attention_map = True
     sharding = {
-        "q.weight": "column",
-        "k.weight": "column",
-        "v.weight": "column",
-        "q.bias": "column",
-        "k.bias": "column",
-        "v.bias": "column",
-        "o.weight": "row",
-        "o.bias": "replicate",
+        **PROJECTIONS,
         "q_norm.weight": "replicate",
         "k_norm.weight": "replicate",
     }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.context import Context
 from model.layer import Mixer, Site, gate_heads
-from model.mixers.heads import head_faults, rotation_faults
+from model.mixers.heads import PROJECTIONS, head_faults, rotation_faults
 from model.norms import make_norm
 from model.positions import rotary_table, rotate
 
@@ -83,16 +83,7 @@ class DiagBlock(Mixer):
         {"num_heads": 16, "head_dim": 4, "block": 16, "activation": "relu", "norm": "srmsnorm"},
         {"num_heads": 2, "head_dim": 6},
     ]
-    sharding = {
-        "q.weight": "column",
-        "k.weight": "column",
-        "v.weight": "column",
-        "q.bias": "column",
-        "k.bias": "column",
-        "v.bias": "column",
-        "o.weight": "row",
-        "o.bias": "replicate",
-    }
+    sharding = PROJECTIONS
     hf = {f"{x}.{kind}": f"self_attn.{x}_proj.{kind}" for x in "qkvo" for kind in ("weight", "bias")}
 
     def __init__(self, config: DiagBlockConfig, site: Site):

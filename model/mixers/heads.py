@@ -1,6 +1,22 @@
-"""What mixers with heads have in common: what is wrong with head counts and widths, in sentences."""
+"""What mixers with heads have in common: how their projections are cut, and what is wrong with counts and widths."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+from model.layer import Sharding
+
+PROJECTIONS: Mapping[str, Sharding] = {
+    "q.weight": "column",
+    "k.weight": "column",
+    "v.weight": "column",
+    "q.bias": "column",
+    "k.bias": "column",
+    "v.bias": "column",
+    "o.weight": "row",
+    "o.bias": "replicate",
+}
+"""How queries, keys, values and the output projection are cut: by heads."""
 
 
 def head_faults(d_model: int, num_heads: int, **widths: int | None) -> list[str]:

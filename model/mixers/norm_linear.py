@@ -12,7 +12,7 @@ from kernels.lightning import lightning_attention, lightning_attention_recurrent
 from model.context import Context
 from model.initialisation import Computed, Init
 from model.layer import Mixer, Site, gate_heads, incoming_state
-from model.mixers.heads import head_faults, rotation_faults
+from model.mixers.heads import PROJECTIONS, head_faults, rotation_faults
 from model.mixers.lightning import ACTIVATIONS
 from model.norms import make_norm
 from model.positions import Angles, rotary_table, rotate
@@ -74,14 +74,7 @@ class NormLinear(Mixer):
         {"num_heads": 2, "head_dim": 6, "norm": "rmsnorm", "rotation": "fixed", "reflection": False},
     ]
     sharding = {
-        "q.weight": "column",
-        "k.weight": "column",
-        "v.weight": "column",
-        "q.bias": "column",
-        "k.bias": "column",
-        "v.bias": "column",
-        "o.weight": "row",
-        "o.bias": "replicate",
+        **PROJECTIONS,
         "norm.weight": "column",
         "angles.theta": "replicate",
         "reflector": "replicate",

@@ -29,6 +29,17 @@ CASES = [(kind, index) for kind in MIXERS for index in range(len(mixer_class(kin
 """Every registered mixer under each of its own examples: a new one is tested by being registered."""
 
 
+def built(tables: dict[str, Any]) -> Model:
+    """The model of these tables in fp64, initialised by name."""
+    faults: list[str] = []
+    _, found = build_architecture(tables, faults)
+    assert found is not None, faults
+    with torch.device("meta"):
+        model = Model(found).double()
+    initialise(model, seed=0, device=torch.device("cpu"))
+    return model
+
+
 def architecture(kind: str, example: int = 0, *, num_layers: int = 2, **model: Any) -> Architecture:
     """A model of width 32 whose layers all have this mixer."""
     settings = mixer_class(kind).examples[example]
@@ -38,17 +49,17 @@ def architecture(kind: str, example: int = 0, *, num_layers: int = 2, **model: A
         "feedforwards": {"swiglu": {"d_ff": 48}},
     }
     faults: list[str] = []
-    _, built = build_architecture(tables, faults, allow_code=True)
-    assert built is not None, faults
-    return built
+    _, found = build_architecture(tables, faults, allow_code=True)
+    assert found is not None, faults
+    return found
 
 
 def small_model(kind: str, example: int = 0, *, dtype: torch.dtype = torch.float64, **model: Any) -> Model:
     """Built as a run builds it: on the meta device, then initialised by name. Weights are made larger than usual, so
     that attention is far from uniform and a fault in it shows."""
-    built = architecture(kind, example, **({"init_std": 0.3} | model))
+    shape = architecture(kind, example, **({"init_std": 0.3} | model))
     with torch.device("meta"):
-        found = Model(built).to(dtype)
+        found = Model(shape).to(dtype)
     initialise(found, seed=1, device=torch.device("cpu"))
     return found
 

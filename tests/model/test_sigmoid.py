@@ -18,10 +18,10 @@ from model.layer import Site
 from model.mixers.sigmoid import Sigmoid, SigmoidConfig
 from model.settings import build_architecture
 from model.stack import Model
-from parallel.data import initialise
 from parallel.recompute import recompute_blocks
 from parallel.region import Region
 from parallel.tensor import cut
+from tests.conformance.models import built
 
 WIDTH, TOKENS = 24, torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -32,15 +32,9 @@ def build(faults: list[str] | None = None, *, mixer: dict[str, Any] | None = Non
         "mixers": {"sigmoid": {"num_heads": 4, "length": 8} | (mixer or {})},
         "feedforwards": {"swiglu": {"d_ff": 16}},
     }
-    found: list[str] = [] if faults is None else faults
-    _, architecture = build_architecture(tables, found)
     if faults is not None:
-        return architecture
-    assert architecture is not None, found
-    with torch.device("meta"):
-        built = Model(architecture).double()
-    initialise(built, seed=0, device=torch.device("cpu"))
-    return built
+        return build_architecture(tables, faults)[1]
+    return built(tables)
 
 
 def plain(n: int, offset: int = 0) -> Context:

@@ -16,10 +16,9 @@ from model.cache import Cache
 from model.decoding import Sampling, decode
 from model.hf.formats import choose_format
 from model.settings import build_architecture
-from model.stack import Model, undecayed_names
-from parallel.data import initialise
+from model.stack import undecayed_names
 from parallel.recompute import recompute_blocks
-from tests.conformance.models import positions_of, random_documents
+from tests.conformance.models import built, positions_of, random_documents
 
 WIDTH = 24
 OPTIONS: list[dict[str, Any]] = [{"key_bias": "head"}, {"key_bias": "shared"}, {"sink": True}]
@@ -33,18 +32,13 @@ def build(faults: list[str] | None = None, **mixer: Any) -> Any:
         "mixers": {"softmax": {"num_heads": 4, "num_kv_heads": 2} | mixer},
         "feedforwards": {"swiglu": {"d_ff": 16}},
     }
-    found: list[str] = [] if faults is None else faults
-    _, architecture = build_architecture(tables, found)
     if faults is not None:
-        return architecture
-    assert architecture is not None, found
-    with torch.device("meta"):
-        built = Model(architecture).double()
-    initialise(built, seed=0, device=torch.device("cpu"))
-    for name, parameter in built.named_parameters():
+        return build_architecture(tables, faults)[1]
+    model = built(tables)
+    for name, parameter in model.named_parameters():
         if name.endswith(("key_bias", "sink")):
             nn.init.normal_(parameter)
-    return built
+    return model
 
 
 def leaves(n: int = 9, m: int = 9) -> list[Tensor]:

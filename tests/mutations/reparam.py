@@ -147,4 +147,16 @@ FAULTS = [
         ],
         ["tests/trainer/test_reparam.py::test_the_released_format_is_read"],
     ),
+    Fault(
+        "a run that goes on with the gains of a beginning",
+        "trainer/checkpoint.py",
+        [("model.reparam.begin(as_they_are=True)", "model.reparam.begin()")],
+        ["tests/trainer/test_reparam.py::test_a_run_that_goes_on_is_not_changed_by_other_settings[plain-changed0]"],
+    ),
+    Fault(
+        "vectors of another shape that are read all the same",
+        "trainer/checkpoint.py",
+        [("if shapes.get(name) == tuple(x.shape)}", "if name in shapes}")],
+        ["tests/trainer/test_reparam.py::test_a_run_that_goes_on_is_not_changed_by_other_settings[twin-changed1]"],
+    ),
 ]

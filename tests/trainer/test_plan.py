@@ -190,31 +190,32 @@ def test_a_plan_is_what_a_real_step_does(name: str, hybrid: Path, pool: Pool) ->
         assert rank == replace(found, memory=rank.memory)
 
 
+def what_is_added(name: str, path: Path, pool: Pool, section: str) -> tuple[int, int]:
+    """By a section of the configuration, which is planned as it is trained: bytes of parameters, and reductions."""
+    world_size, _, parallel = LAYOUTS[name]
+    (without,) = traced(path, world_size, **parallel)
+    path.write_text(f"{path.read_text()}\n{section}\n")
+    test_a_plan_is_what_a_real_step_does(name, path, pool)
+    (rank,) = traced(path, world_size, **parallel)
+    before, after = (sum(s.count for s in found.sent if s.kind == "all-reduce") for found in (without, rank))
+    return rank.memory["parameters"] - without.memory["parameters"], after - before
+
+
 @pytest.mark.parametrize("name", ["alone, selective", pytest.param("cp2 x fsdp2", marks=pytest.mark.matrix)])
 def test_reparametrised_matrices_are_planned(name: str, hybrid: Path, pool: Pool) -> None:
     """Gains, vectors, and three reductions over all processes."""
-    world_size, _, parallel = LAYOUTS[name]
-    (without,) = traced(hybrid, world_size, **parallel)
-    hybrid.write_text(hybrid.read_text() + '\n[reparam]\nkind = "sigma"\n')
-    test_a_plan_is_what_a_real_step_does(name, hybrid, pool)
-    (rank,) = traced(hybrid, world_size, **parallel)
-    before, after = (sum(s.count for s in found.sent if s.kind == "all-reduce") for found in (without, rank))
-    assert after - before == (3 if world_size > 1 else 0)
+    _, reductions = what_is_added(name, hybrid, pool, '[reparam]\nkind = "sigma"')
+    assert reductions == (3 if LAYOUTS[name][0] > 1 else 0)
 
 
 @pytest.mark.parametrize("name", ["alone, selective", pytest.param("cp2 x fsdp2", marks=pytest.mark.matrix)])
 def test_a_penalty_on_entropies_is_planned(name: str, hybrid: Path, pool: Pool) -> None:
     """Its blocks of the map, its thresholds, and what is summed for it."""
-    world_size, _, parallel = LAYOUTS[name]
-    (without,) = traced(hybrid, world_size, **parallel)
-    hybrid.write_text(hybrid.read_text() + "\n[objective]\nentropy_weight = 0.1\n")
-    test_a_plan_is_what_a_real_step_does(name, hybrid, pool)
-    (rank,) = traced(hybrid, world_size, **parallel)
+    parameters, reductions = what_is_added(name, hybrid, pool, "[objective]\nentropy_weight = 0.1")
     # Two layers of softmax, of two heads.
-    assert rank.memory["parameters"] - without.memory["parameters"] == 2 * 2 * 4
-    before, after = (sum(s.count for s in found.sent if s.kind == "all-reduce") for found in (without, rank))
+    assert parameters == 2 * 2 * 4
     # One for values and thresholds of all processes; and one for each of these layers, where rows are cut.
-    assert after - before == (1 + 2 if world_size > 1 else 0)
+    assert reductions == (1 + 2 if LAYOUTS[name][0] > 1 else 0)
 
 
 def test_states_are_sent_to_all_that_they_reach(hybrid: Path) -> None:

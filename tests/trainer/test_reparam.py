@@ -84,6 +84,22 @@ def test_a_plain_run_goes_on_reparametrised_and_back(pool: Pool, prefix: str, pl
     assert losses(back.parent / "run")[0] < losses(plain)[3]
 
 
+@pytest.mark.parametrize(
+    ("began", "changed"),
+    [("plain", {"gain_init": "one"}), ("twin", {"vectors": 4}), ("twin", {"qkv_grouping": "fused"})],
+)
+def test_a_run_that_goes_on_is_not_changed_by_other_settings(
+    pool: Pool, prefix: str, plain: Path, twin: Path, tmp_path: Path, began: str, changed: dict[str, Any]
+) -> None:
+    """Neither by gains that are for beginnings, nor by vectors of another shape, which are found anew."""
+    source = {"plain": plain, "twin": twin}[began]
+    config = config_in(tmp_path / "on", prefix, reparam=SIGMA | changed)
+    allowed = [word for key in ("kind", *changed) for word in ("--run.allow_change", f"reparam.{key}")]
+    step = str(source / "checkpoints" / "step-00000004")
+    went_on = run(pool, config, "--run.resume", step, "--run.stop_at_step", "5", *allowed)
+    assert losses(went_on)[0] == pytest.approx(losses(source)[4], rel=1e-5)
+
+
 def test_a_plain_model_is_where_a_reparametrised_one_begins(
     pool: Pool, prefix: str, plain: Path, tmp_path: Path
 ) -> None:
