@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,16 +48,3 @@ class AttentionMap:
     def _by_group(self, q_BRHd: Tensor) -> Tensor:
         """`[B, G, H / G, R, d]`"""
         return q_BRHd.transpose(1, 2).unflatten(1, (self.k_BMGd.shape[2], -1))
-
-
-class Observer(Protocol):
-    """Is shown what happens inside of the blocks of one forward pass."""
-
-    def attention(self, layer: int, weights: AttentionMap) -> Tensor:
-        """Called by every mixer that has such weights. What it returns stands in for the queries from here on, so that
-        a loss on the weights can enter backward here."""
-        ...
-
-    def residual(self, layer: int, x: Tensor) -> None:
-        """Called by every block with what comes into it."""
-        ...

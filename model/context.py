@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import Observer
+from model.observer import Observer
 
 
 class WholeSequence:
@@ -62,6 +62,17 @@ class WholeSequence:
         return x_H
 
 
+class WholeHeads:
+    """The heads of one process: it has all of them.
+
+    `parallel/` hands in an object with the same method where heads are spread over as many processes.
+    """
+
+    def gather(self, x_BNh: Tensor) -> Tensor:
+        """What all heads of a layer have, `[B, N, H]`, from what those that are here have."""
+        return x_BNh
+
+
 @dataclass
 class Context:
     """Carried through the stack beside the residual stream. Integers are int64, `[B, N]`.
@@ -72,11 +83,12 @@ class Context:
         causal: whether a token sees only itself and earlier ones.
         modalities: modality ids, for layers that are untied by modality.
         cut: what crosses a sequence cut.
+        heads: where the heads of a layer are.
         key_documents: `[B, M]`, document ids of whole rows: cached tokens included, and the pieces of other processes.
         first_index: index among those M of the first of the N queries.
         previous_documents: `[B]`, document id of the last cached token; None when nothing is cached.
         head_gates: layer index -> `[H]` or `[B, N, H]`, a factor for each head's contribution; 1 where absent.
-        observer: is shown the residual stream and attention weights of every layer.
+        observer: is shown the residual stream, attention weights and routing of every layer.
         shared: tensors computed once per forward pass and read by several layers.
     """
 
@@ -85,6 +97,7 @@ class Context:
     causal: bool = True
     modalities: Tensor | None = None
     cut: WholeSequence = field(default_factory=WholeSequence)
+    heads: WholeHeads = field(default_factory=WholeHeads)
     key_documents: Tensor | None = None
     first_index: int = 0
     previous_documents: Tensor | None = None

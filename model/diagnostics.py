@@ -16,6 +16,8 @@ from torch import Tensor
 from kernels.attention import row_statistics, sink_scores, sink_weights
 from model.attention import AttentionMap
 from model.batch import Batch
+from model.observer import Observer
+from model.routing import Routing
 from model.stack import Model
 
 QUERIES = 256
@@ -28,7 +30,7 @@ BLOCK = 2**20
 """So many log weights are held at a time."""
 
 ROW_SUMS = ("rows", "rows_norm", "entropy", "entropy_norm", "effective_keys", "first_weight", "mass")
-SUMS = (*ROW_SUMS, "windows", "sinks")
+SUMS = (*ROW_SUMS, "windows", "sinks", "routed", "active")
 """What is summed for each head, before the WINDOW sums of alpha."""
 
 
@@ -85,8 +87,8 @@ def _windows(begins_BN: Tensor) -> Iterator[tuple[int, int]]:
         yield from ((row, begin) for begin in whole_N.nonzero()[:WINDOWS_PER_ROW, 0].tolist())
 
 
-class AttentionProbe:
-    """An observer (`model.attention.Observer`) of one forward pass without gradients. It changes nothing.
+class AttentionProbe(Observer):
+    """An observer of one forward pass without gradients. It changes nothing.
 
     Args:
         stream_begin: place in whole rows of the first token of the residual stream here.
@@ -94,6 +96,7 @@ class AttentionProbe:
     Attributes:
         row_sums, logit_max: layer -> `[H, len(ROW_SUMS)]` and `[H]`, of the queries and heads here.
         columns: layer -> `[W, H, WINDOW]`, the weights of each key of a window summed over the queries here.
+        active: layer -> `[H, 2]`, of the heads here where heads are chosen: tokens, and those for which a head runs.
         residual_max: layer -> the largest magnitude in the residual stream here.
         norms: layer -> `[B, R]`, of the residual stream at the sampled places; 0 where they are not here.
         first_norms: layer -> `[B]`, of first tokens of documents, summed over those here.
@@ -104,6 +107,7 @@ class AttentionProbe:
         self.row_sums: dict[int, Tensor] = {}
         self.logit_max: dict[int, Tensor] = {}
         self.columns: dict[int, Tensor] = {}
+        self.active: dict[int, Tensor] = {}
         self.residual_max: dict[int, Tensor] = {}
         self.norms: dict[int, Tensor] = {}
         self.first_norms: dict[int, Tensor] = {}
@@ -113,6 +117,11 @@ class AttentionProbe:
         if weights.visible.causal:
             self._look_at_windows(layer, weights)
         return weights.q_BNHd
+
+    def routing(self, layer: int, found: Routing) -> Tensor:
+        active_TH = found.active_BNH.flatten(0, 1).double()
+        self.active[layer] = torch.stack((torch.full_like(active_TH[0], len(active_TH)), active_TH.sum(0)), dim=-1)
+        return found.scores_BNU
 
     def residual(self, layer: int, x: Tensor) -> None:
         here = range(self.stream_begin, self.stream_begin + x.shape[1])
@@ -166,6 +175,11 @@ def probed(model: Model, batch: Batch, num_queries: int | None = QUERIES) -> Att
     return found
 
 
+def head_numbers(model: Model) -> list[list[int]]:
+    """The numbers of each layer's heads, in the order in which it keeps them."""
+    return [block.mixer.head_numbers for block in model.layers.values()]
+
+
 def _blocks(weights: AttentionMap, places_R: Tensor) -> Iterator[Tensor]:
     """Of these places in whole rows, those of queries that are here, as indices among them, in blocks."""
     seen = weights.visible
@@ -208,20 +222,26 @@ class Tally:
         )
 
     @classmethod
-    def of(cls, probe: AttentionProbe, num_layers: int, num_heads: int, share: int = 0) -> Tally:
+    def of(cls, probe: AttentionProbe, head_numbers: list[list[int]], share: int = 0) -> Tally:
         """What a probe has seen; on the CPU.
 
         Args:
-            num_heads: of the layer that has most.
+            head_numbers: of each layer; see the function of that name.
             share: which of equal shares of each layer's heads it has seen.
         """
-        tally = cls.empty(num_layers, num_heads)
+        tally = cls.empty(len(head_numbers), max(map(len, head_numbers)))
+
+        def numbers(layer: int, count: int) -> list[int]:
+            return head_numbers[layer][share * count : (share + 1) * count]
+
         for layer, sums_HK in probe.row_sums.items():
-            heads = slice(share * len(sums_HK), (share + 1) * len(sums_HK))
+            heads = numbers(layer, len(sums_HK))
             tally.head_sums[layer, heads, : len(ROW_SUMS)] = sums_HK
             tally.maxima[layer, heads] = probe.logit_max[layer]
+        for layer, active_H2 in probe.active.items():
+            tally.head_sums[layer, numbers(layer, len(active_H2)), len(SUMS) - 2 : len(SUMS)] = active_H2
         for layer, columns_WHT in probe.columns.items():
-            heads = slice(share * columns_WHT.shape[1], (share + 1) * columns_WHT.shape[1])
+            heads = numbers(layer, columns_WHT.shape[1])
             alpha_WHT = sink_scores(columns_WHT)
             tally.head_sums[layer, heads, len(ROW_SUMS)] = len(alpha_WHT)
             tally.head_sums[layer, heads, len(ROW_SUMS) + 1] = (alpha_WHT[..., 0] > SINK).double().sum(0)
@@ -242,7 +262,7 @@ class Tally:
 
     def diagnosis(self) -> Diagnosis:
         """What it all means."""
-        rows, rows_norm, *summed, windows, sinks = self.head_sums[..., : len(SUMS)].unbind(-1)
+        rows, rows_norm, *summed, windows, sinks, routed, active = self.head_sums[..., : len(SUMS)].unbind(-1)
         entropy, entropy_norm, effective_keys, first_weight, mass = summed
         alpha_LHT, there_LH = self.head_sums[..., len(SUMS) :] / windows[..., None], rows > 0
         argmax = alpha_LHT.nan_to_num(-1.0).argmax(-1).double() + 1.0
@@ -256,6 +276,7 @@ class Tally:
             "sink_argmax": torch.where(windows > 0, argmax, torch.nan),
             "first_weight": first_weight / rows,
             "mass": mass / rows,
+            "load": active / routed,
         }
         heads = there_LH.sum(1).tolist()
         rate = None if windows.sum() == 0 else (sinks.sum() / windows.sum()).item()
@@ -268,7 +289,7 @@ class Diagnosis:
 
     Attributes:
         heads: of each layer; 0 where its mixer has no attention weights.
-        by_head: name -> `[L, H]`, of the names in docs/diagnostics.md.
+        by_head: name -> `[L, H]`, of the names in docs/diagnostics.md; heads by their numbers.
         sink_rate: of (window, layer, head), the share with a sink at the first token; None without a window.
         sink_rates: `[L]`, the same of each layer.
         residual_max: `[L]`, the largest magnitude in the residual stream that enters the layer.

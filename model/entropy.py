@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -125,17 +125,3 @@ class EntropyPenalty:
         apart_BHN = levels_BHN - threshold_H[:, None].to(levels_BHN.dtype) * highest
         apart_BHN = torch.where((apart_BHN.abs() > self.margin * highest) & counts_B1N, apart_BHN, 0.0)
         return Penalties(apart_BHN.square().sum((0, 2)), 2 * apart_BHN * rate_B1N, -2 * highest * apart_BHN.sum((0, 2)))
-
-
-class EnterBackward(torch.autograd.Function):
-    """Queries, as they are. In backward, the derivative of a loss with respect to `entropies` begins here."""
-
-    @staticmethod
-    def forward(ctx: Any, q_BNHd: Tensor, entropies_BHN: Tensor, derivative_BHN: Tensor) -> Tensor:
-        ctx.save_for_backward(derivative_BHN)
-        return q_BNHd.view_as(q_BNHd)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BNHd: Tensor) -> tuple[Tensor, Tensor, None]:
-        (derivative_BHN,) = ctx.saved_tensors
-        return grad_BNHd, derivative_BHN, None

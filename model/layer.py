@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.context import Context
 from model.initialisation import Constant, Init, Normal
+from model.routing import Balance
 
 Sharding = Literal["column", "row", "heads", "replicate", "experts"]
 """How a parameter is cut by tensor parallelism: its rows, its columns, its leading (global) head index, not at all,
@@ -94,6 +95,13 @@ class Layer(nn.Module):
     def remake_buffers(self) -> None:
         """Compute again what is neither learned nor stored (decay slopes), exactly, where the layer now stands."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
+        # A cast to bf16 would round slow decays to no decay at all, and a move off the meta device leaves buffers
+        # undefined: whatever happens to the module, they are made again.
+        super()._apply(fn, recurse)
+        self.remake_buffers()
+        return self
+
     def flops(self, n: int) -> float:
         """Forward matrix-product operations for each token of a sequence of n, 2 per multiply-add."""
         raise NotImplementedError
@@ -122,6 +130,21 @@ class Mixer(Layer):
     full_width_norm: ClassVar[str | None] = None
     examples: ClassVar[list[dict[str, Any]]] = [{"num_heads": 4}]
     output_projection = "o"
+
+    @property
+    def head_numbers(self) -> list[int]:
+        """The number of each of its heads, in the order in which they are kept, of all of them."""
+        return list(range(self.config.num_heads))
+
+    @property
+    def active_share(self) -> float:
+        """Of its heads, the part that a token runs through."""
+        return 1.0
+
+    @property
+    def balance(self) -> Balance | None:
+        """How evenly its units are to be chosen, where it has a router."""
+        return None
 
     def first_seen(self, place: int) -> int:
         """The first token of a document that the causal query at `place` sees."""

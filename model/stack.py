@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Observer
 from model.cache import Cache
 from model.config import Architecture
-from model.context import Context, WholeSequence
+from model.context import Context, WholeHeads, WholeSequence
 from model.initialisation import Init, Normal
 from model.norms import make_norm
+from model.observer import Observer
 
 
 class Block(nn.Module):
@@ -79,6 +79,8 @@ class Model(nn.Module):
         self.embedding_scale = math.sqrt(m.d_model) if m.embedding_scale == "sqrt" else m.embedding_scale
         # Whoever spreads the sequence over processes puts another in its place.
         self.cut = WholeSequence()
+        # Whoever spreads the heads.
+        self.heads = WholeHeads()
         # Whoever wants to see what happens inside of the blocks.
         self.observer: Observer | None = None
 
@@ -145,7 +147,7 @@ class Model(nn.Module):
             )
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
-        ctx.observer = self.observer
+        ctx.observer, ctx.heads = self.observer, self.heads
         if not causal:
             self._check_bidirectional()
         for block in self.layers.values():

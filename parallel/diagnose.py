@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model.batch import Batch
-from model.diagnostics import QUERIES, AttentionProbe, Diagnosis, Sample, Tally
+from model.diagnostics import QUERIES, AttentionProbe, Diagnosis, Sample, Tally, head_numbers
 from parallel.collectives import sum_lists
 from parallel.spread import Spread
 
@@ -31,8 +31,7 @@ def diagnose(model: Spread, batch: Batch, *, rows: int = 1, num_queries: int | N
     probe = AttentionProbe(sample, model.stream_begin(batch.tokens.shape[1]))
     model.observe(batch, probe)
     _complete_rows(model, probe)
-    num_heads = max(settings.num_heads for _, settings in model.architecture.mixers.values())
-    tally = Tally.of(probe, len(model.uncut.layers), num_heads, model.mesh.rank("tp"))
+    tally = Tally.of(probe, head_numbers(model.uncut), model.mesh.rank("tp"))
     # By gloo, from the CPU: two messages for all of it.
     sums = torch.cat([tally.head_sums.flatten(), tally.layer_sums.flatten()])
     dist.all_reduce(sums)

@@ -8,17 +8,15 @@ processes once a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.attention import AttentionMap
-from model.entropy import EnterBackward, EntropyPenalty, Penalties, keys_seen, query_entropies
+from model.entropy import EntropyPenalty, Penalties, keys_seen, query_entropies
+from model.observer import EnterBackward
 from model.stack import Model
+from parallel.auxiliary import OneForward, StepFacts
 from parallel.collectives import sum_over
 from parallel.mesh import Mesh
 from parallel.region import Region
@@ -33,8 +31,11 @@ class SpreadEntropyPenalty:
     """An `EntropyPenalty` over all processes.
 
     Attributes:
+        name: of its value among the metrics.
         thresholds: by global layer, those that have attention weights: theta of all its heads, whole on every process.
     """
+
+    name = "entropy_loss"
 
     def __init__(
         self,
@@ -56,35 +57,18 @@ class SpreadEntropyPenalty:
         # Of the penalties (weighted), and of their derivatives by each threshold, in this order.
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._by_threshold: dict[int, Tensor] = {}
-        self._sequences = self._gradient_divisor = 1
+        self._facts = StepFacts(1, 1)
 
-    @contextmanager
-    def watching(self, stages: Sequence[Model], sequences: int, gradient_divisor: int) -> Iterator[None]:
-        """Meanwhile every forward pass of these stages is a part of a training step.
-
-        Args:
-            sequences: in the global batch.
-            gradient_divisor: by how much the engine divides summed gradients.
-        """
-        self._sequences, self._gradient_divisor = sequences, gradient_divisor
+    def begin(self, facts: StepFacts) -> None:
+        self._facts = facts
         self._sum = torch.zeros_like(self._sum)
         self._by_threshold = {
             layer: torch.zeros_like(theta, dtype=torch.float64, requires_grad=False)
             for layer, theta in self.thresholds.items()
         }
-        hooks = []
-        for stage in stages:
-            hooks += [stage.register_forward_pre_hook(self._begin), stage.register_forward_hook(_end)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _begin(self, stage: nn.Module, args: tuple[Any, ...]) -> None:
-        # One for each forward pass: under a pipeline several are under way, and backward may go through one again.
-        assert stage.observer is None, "a training step has one observer"
-        stage.observer = _OneForward(self)
+    def one_forward(self) -> OneForward:
+        return _OneForward(self)
 
     def finish(self) -> float:
         """Give the thresholds their gradients; return the weighted mean of the penalties. Collective."""
@@ -109,11 +93,11 @@ class SpreadEntropyPenalty:
     def share_of_mean(self, layer: int) -> float:
         """What one head's penalty weighs: lambda over heads, layers, and sequences of the global batch."""
         share = self.penalty.weight / (self.thresholds[layer].numel() * len(self.thresholds))
-        return share / self._sequences if self.penalty.reduction == "mean" else share
+        return share / self._facts.sequences if self.penalty.reduction == "mean" else share
 
     def derivative(self, layer: int, penalties: Penalties) -> Tensor:
         """By the entropies, as it is to enter backward."""
-        return penalties.by_entropy_BHN * (self.share_of_mean(layer) * self._gradient_divisor)
+        return penalties.by_entropy_BHN * (self.share_of_mean(layer) * self._facts.gradient_divisor)
 
     def count(self, layer: int, penalties: Penalties) -> None:
         """Add these penalties to those of the step."""
@@ -124,26 +108,12 @@ class SpreadEntropyPenalty:
         self._by_threshold[layer][self.heads_here(layer)] += penalties.by_threshold_H.double() * share
 
 
-def _end(stage: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    observer = stage.observer
-    assert isinstance(observer, _OneForward)
-    stage.observer = None
-    observer.close()
-
-
-class _OneForward:
-    """Sees one forward pass of one stage. Recomputation goes through the blocks again, with the same observer: it finds
-    the derivatives of the first time, and nothing is counted or summed over processes another time."""
+class _OneForward(OneForward):
+    """In recomputation it finds the derivatives of the first time."""
 
     def __init__(self, spread: SpreadEntropyPenalty):
-        self.spread, self.closed = spread, False
+        self.spread = spread
         self.derivatives: dict[int, Tensor] = {}
-
-    def close(self) -> None:
-        self.closed = True
-
-    def residual(self, layer: int, x: Tensor) -> None:
-        pass
 
     def attention(self, layer: int, weights: AttentionMap) -> Tensor:
         penalty = self.spread.penalty

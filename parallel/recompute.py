@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 # Both register an operator that is kept.
 import kernels.attention.sigmoid  # noqa: F401
 import parallel.context  # noqa: F401
-from model.attention import Observer
+from model.observer import Observer
 from model.stack import Model
 
 # The states that entered a piece of the sequence are always kept: they are small, and to ask for them again would be

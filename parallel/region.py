@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from model.context import WholeHeads
 from parallel.collectives import Enter, Gather, Sum, SumPiece
 
 
@@ -39,3 +40,13 @@ class Region:
         """This rank's part of so many rows, heads or columns: equal parts, rounded up, the last may be shorter."""
         each = -(-length // self.size)
         return range(min(self.rank * each, length), min((self.rank + 1) * each, length))
+
+
+@dataclass(frozen=True)
+class SpreadHeads(WholeHeads):
+    """The heads of a layer, of which every rank of a region has its share."""
+
+    region: Region
+
+    def gather(self, x_BNh: Tensor) -> Tensor:
+        return Gather.apply(x_BNh.transpose(1, 2), self.region.group, self.region.size).transpose(1, 2)

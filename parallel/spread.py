@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from model.attention import Observer
 from model.batch import Batch
 from model.config import Architecture
 from model.entropy import EntropyPenalty
 from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
+from model.observer import Observer
 from model.reparam import ReparamConfig
 from model.stack import Model
+from parallel.auxiliary import AuxiliaryLoss, StepFacts, watching
+from parallel.balance import ChoiceCounter, SpreadBalance
 from parallel.collectives import sum_lists
 from parallel.context import SequenceCut
 from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
@@ -118,7 +119,8 @@ class Spread:
         self.kept: dict[str, Tensor] = {}
         self.reparam = SigmaReparam(self, reparam) if reparam.kind == "sigma" else PlainWeights()
         self.auxiliary: dict[str, float] = {}
-        self._entropy: SpreadEntropyPenalty | None = None
+        self._balance = SpreadBalance.of(uncut, mesh, device)
+        self._losses: list[AuxiliaryLoss] = [] if self._balance is None else [self._balance]
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -214,8 +216,9 @@ class Spread:
     def penalise_entropy(self, penalty: EntropyPenalty) -> list[str]:
         """From now on training is on this penalty, too; the names of its thresholds, which are trained beside."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        self._entropy = SpreadEntropyPenalty(penalty, self.uncut, self.mesh, self._region, self.device, wide)
-        thresholds = {threshold_name(layer): theta for layer, theta in self._entropy.thresholds.items()}
+        entropy = SpreadEntropyPenalty(penalty, self.uncut, self.mesh, self._region, self.device, wide)
+        self._losses.append(entropy)
+        thresholds = {threshold_name(layer): theta for layer, theta in entropy.thresholds.items()}
         self.beside |= thresholds
         return list(thresholds)
 
@@ -226,13 +229,15 @@ class Spread:
         Returns:
             The nats of its piece of these rows, on one of the processes that have the piece; 0 on the others.
         """
-        sequences = len(batch.tokens) * self.layout.data_parallel
+        facts = StepFacts(len(batch.tokens) * self.layout.data_parallel, self.gradient_divisor)
         batch, scale = self._piece(batch), scale * self.gradient_divisor
-        entropy = self._entropy
-        with entropy.watching(self.stages, sequences, self.gradient_divisor) if entropy else nullcontext():
+        self._count_choices(batch)
+        for loss in self._losses:
+            loss.begin(facts)
+        with watching(self.stages, self._losses):
             nats = self._train(batch, objective, scale)
         self._finish_gradients()
-        self.auxiliary = {} if entropy is None else {"entropy_loss": entropy.finish()}
+        self.auxiliary = {loss.name: loss.finish() for loss in self._losses}
         return nats.item() if self._speaks else 0.0
 
     def _train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
@@ -248,6 +253,15 @@ class Spread:
         return nats
 
     @torch.no_grad()
+    def _count_choices(self, batch: Batch) -> None:
+        """How often routers choose each unit, where training on this batch has to know it. Collective."""
+        if self._balance is None or not self._balance.counts_first:
+            return
+        counter = ChoiceCounter(self.mesh)
+        self._show(list(batch.micro_batches(self.layout.microbatches)), counter)
+        self._balance.take_counts(counter)
+
+    @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> float:
         """The nats of this process's piece of its share of the batch, on one of those that have it. Collective."""
         batch = self._piece(batch)
@@ -261,14 +275,17 @@ class Spread:
     @torch.no_grad()
     def observe(self, batch: Batch, observer: Observer) -> None:
         """Show an observer one forward pass as in evaluation, over whole rows in one micro-batch. Collective."""
-        batch = self._piece(batch)
+        self._show([self._piece(batch)], observer)
+
+    def _show(self, parts: list[Batch], observer: Observer) -> None:
         self.evaluating(True)
         try:
             with observed(self.stages, observer):
                 if self.pipeline is not None:
-                    self.pipeline.forward([batch])
-                else:
-                    self.stages[0](batch.tokens, documents=batch.documents, positions=batch.positions)
+                    self.pipeline.forward(parts)
+                    return
+                for part in parts:
+                    self.stages[0](part.tokens, documents=part.documents, positions=part.positions)
         finally:
             self.evaluating(False)
 

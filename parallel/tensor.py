@@ -22,7 +22,7 @@ from model.norms import SimpleRMSNorm
 from model.stack import Model
 from parallel.collectives import Enter
 from parallel.norms import DeferredNorm
-from parallel.region import Region
+from parallel.region import Region, SpreadHeads
 from parallel.vocabulary import VocabularyEmbedding
 
 CUT_DIMENSION = {"column": 0, "heads": 0, "row": 1, "replicate": None}
@@ -84,6 +84,7 @@ def _layer_faults(layer: Layer) -> Iterator[str]:
 def cut(model: Model, region: Region) -> Cuts:
     """Cut a model on the meta device in place, so that it computes one rank's part of what it did."""
     cuts = Cuts.none(model)
+    model.heads = SpreadHeads(region)
     for index, block in model.layers.items():
         for part in ("mixer", "feedforward"):
             _cut_layer(getattr(block, part), f"layers.{index}.{part}.", region, cuts)

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
 from model.hf.source import Source, StepFolder
+from model.order import change_of, orders_of
 from model.shards import read_tensors, tensor_shapes
 from parallel.data import fill
 from parallel.processes import from_first_rank, gathered_on_first_rank, group_beside_training
@@ -85,11 +86,15 @@ def load_training_state(folder: Path, model: Spread, optimizer: torch.optim.Opti
 
 def load_weights(source: Source, model: Spread) -> None:
     """Read only the weights of MODEL into a model, in whatever layout it is. Collective."""
+    weights, parameters = source.weights(model.architecture), model.whole_parameters()
     if isinstance(source, StepFolder):
-        read_tensors({"model": model.whole_parameters()}, source.folder)
+        theirs = orders_of(source.tables)
+        changes = {name: change_of(model.architecture, name, theirs) for name in parameters}
+        moved = {name: change for name, change in changes.items() if change is not None}
+        read_tensors({"model": {name: x for name, x in parameters.items() if name not in moved}}, source.folder)
+        fill({name: parameters[name] for name in moved}, lambda name: moved[name].apply(weights.read([name])[name]))
     else:
-        weights = source.weights(model.architecture)
-        fill(model.whole_parameters(), lambda name: weights.read([name])[name])
+        fill(parameters, lambda name: weights.read([name])[name])
     model.update_copies()
 
 

@@ -57,18 +57,18 @@ def to_hf(
     Raises:
         ValueError: what cannot be written, or computes or tokenizes otherwise than the model: then `out` is untouched.
     """
-    limit, asked, source = _all_of(
+    limit, asked, source = all_of(
         lambda: parse_size(max_shard_size),
-        lambda: _dtype(dtype),
+        lambda: dtype_named(dtype),
         lambda: open_model(model),
-        lambda: _check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
+        lambda: check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
     )[:3]
     architecture = source.architecture(allow_code=allow_code)
     weights = source.weights(architecture)
     layout = choose_format(architecture, form)
     kept = asked or source.dtype
-    say(f"{source.folder}: {_describe(architecture)}, as {layout.model_type} ({layout.class_name}) in {_name(kept)}")
-    words = _tokenizer(source, tokenizer)
+    say(f"{source.folder}: {described(architecture)}, as {layout.model_type} ({layout.class_name}) in {name_of(kept)}")
+    words = tokenizer_of(source, tokenizer)
     facts = facts_of(source, words)
     with new_folder(out) as partial:
         write_folder(partial, weights, architecture, layout, facts, dtype=kept, max_shard_bytes=limit)
@@ -87,7 +87,7 @@ def to_hf(
                 f"transformers computes something else from the export: {agreement}. {out} is not written."
             )
         if words is not None:
-            _compare_tokenizers(words, answer.ids, out)
+            compare_tokenizers(words, answer.ids, out)
             say(f"tokenizer: the same ids for {len(TEXTS)} texts of odd spaces, digits, scripts and emoji")
     say(f"{out}: written")
     return agreement
@@ -113,16 +113,16 @@ def from_hf(
     Raises:
         ValueError: what cannot be read, or computes something else: then `out` is untouched.
     """
-    asked, source = _all_of(
-        lambda: _dtype(dtype),
+    asked, source = all_of(
+        lambda: dtype_named(dtype),
         lambda: open_model(folder),
-        lambda: _check_free(out, lambda path: (path / MANIFEST).is_file(), "step", overwrite),
+        lambda: check_free(out, lambda path: (path / MANIFEST).is_file(), "step", overwrite),
     )[:2]
     if not isinstance(source, HuggingFaceFolder):
         raise ValueError(f"{folder} is a checkpoint of Headway already; from-hf takes a Hugging Face folder.")
     architecture = source.architecture(allow_code=allow_code)
     kept = asked or torch.float32
-    say(f"{folder}: {source.format.class_name}, {_describe(architecture)}, stored in {_name(source.dtype)}")
+    say(f"{folder}: {source.format.class_name}, {described(architecture)}, stored in {name_of(source.dtype)}")
     with new_folder(out) as partial:
         _write_step_folder(partial, source, architecture, kept)
         tokens = check_tokens(architecture)
@@ -181,7 +181,7 @@ def _readable_by_transformers(source: HuggingFaceFolder, architecture: Architect
         yield staged, True
 
 
-def _all_of(*looks: Callable[[], Any]) -> list[Any]:
+def all_of(*looks: Callable[[], Any]) -> list[Any]:
     """What each of them finds. Raises ValueError with the faults of all of them at once."""
     found, faults = [], []
     for look in looks:
@@ -194,7 +194,8 @@ def _all_of(*looks: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def _check_free(out: Path, replaceable: Callable[[Path], bool], what: str, overwrite: bool) -> None:
+def check_free(out: Path, replaceable: Callable[[Path], bool], what: str, overwrite: bool) -> None:
+    """Raise ValueError where something stands at `out` that is not to be replaced."""
     if not out.exists():
         return
     if not replaceable(out):
@@ -203,7 +204,8 @@ def _check_free(out: Path, replaceable: Callable[[Path], bool], what: str, overw
         raise ValueError(f"{out} exists: give another name, or --overwrite to replace it.")
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """What --dtype names. Raises ValueError."""
     if name is None:
         return None
     if name not in DTYPES:
@@ -211,11 +213,13 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """As --dtype has it."""
     return str(dtype).removeprefix("torch.")
 
 
-def _describe(architecture: Architecture) -> str:
+def described(architecture: Architecture) -> str:
+    """How large a model is."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in Model(architecture).parameters())
     return f"{count:,} parameters"
@@ -227,7 +231,8 @@ def _packages(architecture: Architecture) -> frozenset[str]:
     return frozenset(cls.__module__.partition(".")[0] for cls, _ in layers) - FLOORS
 
 
-def _tokenizer(source: Source, wanted: str | None) -> Tokenizer | None:
+def tokenizer_of(source: Source, wanted: str | None) -> Tokenizer | None:
+    """What --tokenizer names; the model's own by default, if it has one."""
     if wanted == "none" or (wanted is None and source.tokenizer is None):
         return None
     assert wanted is not None or source.tokenizer is not None
@@ -243,7 +248,8 @@ def facts_of(source: Source, words: Tokenizer | None) -> Facts:
     return Facts(int(longest or Facts().max_positions), tokens)
 
 
-def _compare_tokenizers(words: Tokenizer, ids: list[list[int]] | None, out: Path) -> None:
+def compare_tokenizers(words: Tokenizer, ids: list[list[int]] | None, out: Path) -> None:
+    """Raise ValueError where transformers gives the texts other ids than the model's tokenizer."""
     wanted = words.encode_batch(TEXTS, workers=1)
     assert ids is not None
     wrong = [text for text, found, own in zip(TEXTS, ids, wanted, strict=True) if found != own]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 BY_HEAD = ("entropy", "entropy_norm", "logit_max", "effective_keys", "sink", "sink_argmax", "first_weight", "mass")
 """Keys of `diagnostics` with a row for each layer and in it a number for each head."""
+LOAD = "load"
+"""The same, where heads are chosen: for which part of the tokens a head runs."""
 BY_LAYER = ("residual_max", "first_norm_ratio")
 """Keys with a number for each layer."""
 SPECTRAL = ("sigma", "gain")
@@ -54,8 +56,27 @@ def scalars(found: Diagnosis) -> dict[str, float | None]:
         told["attention_entropy_norm_min"] = _lowest_mean(found, "entropy_norm")
         told["sink_rate"] = found.sink_rate
         told["attention_logit_max"] = found.by_head["logit_max"].max().item()
+    if loads := [load for row in _loads(found) for load in row]:
+        told["head_load_min"] = min(loads)
     told["residual_max"] = found.residual_max.max().item()
     return told
+
+
+def _loads(found: Diagnosis) -> list[list[float]]:
+    """By layer and head; an empty list for a layer that does not choose."""
+    return [[] if row is None or row[0] != row[0] else row for row in found.rows(LOAD)]
+
+
+def unchosen_heads(record: dict[str, Any]) -> str:
+    """A sentence that names the heads which no token that was looked at has chosen; empty where there are none."""
+    rows = record.get("diagnostics", {}).get(LOAD) or []
+    idle = {layer: [head for head, load in enumerate(row or []) if load == 0] for layer, row in enumerate(rows)}
+    named = [f"{', '.join(map(str, heads))} of layer {layer}" for layer, heads in idle.items() if heads]
+    if not named:
+        return ""
+    return (
+        f"no token that was looked at chose heads {'; '.join(named)}: raise balance_weight of the mixer if it stays so"
+    )
 
 
 def _lowest_mean(found: Diagnosis, name: str) -> float | None:
@@ -68,6 +89,8 @@ def tables(found: Diagnosis) -> dict[str, Any]:
     told: dict[str, Any] = {"layers": list(range(len(found.heads)))}
     for name in BY_HEAD:
         told[name] = [None if row is None else [_short(value) for value in row] for row in found.rows(name)]
+    if any(_loads(found)):
+        told[LOAD] = [[_short(load) for load in row] or None for row in _loads(found)]
     for name in BY_LAYER:
         told[name] = [_short(value) for value in getattr(found, name).tolist()]
     return told
@@ -89,10 +112,13 @@ def _short(value: float) -> float | int | None:
 
 
 def layer_means(diagnostics: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(`attention_entropy/layer_00`, value), ...: the mean over heads of each layer, for what draws single numbers; and
-    `sigma` and `gain` of each matrix."""
+    """(`attention_entropy/layer_00`, value), ...: the mean over heads of each layer, for what draws single numbers; the
+    least load of a head, and `sigma` and `gain` of each matrix."""
     for key in SPECTRAL:
         yield from ((f"{key}/{name}", value) for name, value in diagnostics.get(key, {}).items() if value is not None)
+    for layer, row in enumerate(diagnostics.get(LOAD, [])):
+        if row:
+            yield f"head_load_min/layer_{layer:02d}", min(row)
     for name in (*BY_HEAD, *BY_LAYER):
         if name == "sink_argmax":
             continue  # a mean of places means nothing

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model.config import ModelConfig
-from model.diagnostics import Diagnosis, Tally, probed
+from model.diagnostics import Diagnosis, Tally, head_numbers, probed
 from model.hf.loading import load_source
 from model.hf.source import Source, open_model
 from model.objective import NextToken, loss_sum
@@ -169,13 +169,13 @@ def diagnose(
                 + (f"--seq-len {data.tokens - 1} fits." if data.tokens > 1 else "there is nothing to look at.")
             )
     model = load_source(source, device=device, allow_code=allow_code)
-    num_heads = max(settings.num_heads for _, settings in shape.mixers.values())
-    tally, tokens = Tally.empty(shape.model.num_layers, num_heads), 0
+    numbers = head_numbers(model)
+    tally, tokens = Tally.empty(len(numbers), max(map(len, numbers))), 0
     for data in sources.values():
         # What fills up the last row is no text.
         for row in range(min(rows, (data.tokens - 1) // config.seq_len)):
             batch = data.batch(row, range(1), 1).to(next(model.parameters()).device)
-            tally.add(Tally.of(probed(model, batch, num_queries), shape.model.num_layers, num_heads))
+            tally.add(Tally.of(probed(model, batch, num_queries), numbers))
             tokens += batch.tokens.numel()
     return tally.diagnosis(), tokens
 

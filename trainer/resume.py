@@ -125,11 +125,16 @@ def _resume_faults(config: Config, plan: Plan) -> list[str]:
         # The default follows schedule.steps; a run that goes on keeps the order it began with.
         config.data.samples = samples
     changes = config_changes(theirs, config.tables())
+    faults += [
+        f"{key} is {json.dumps(was)} in the checkpoint, which keeps heads in that order: set it so."
+        for key, (was, now) in changes.items()
+        if key.endswith(".group_order")
+    ]
     changes = {key: value for key, value in changes.items() if not any(_covers(entry, key) for entry in allowed)}
     faults += [
         f"{key}: {json.dumps(was)} -> {json.dumps(now)} (accept with --run.allow_change {key})"
         for key, (was, now) in changes.items()
-        if key != "data.samples" or needed <= samples
+        if (key != "data.samples" or needed <= samples) and not key.endswith(".group_order")
     ]
     plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
     if not any(entry.startswith("data") for entry in allowed):

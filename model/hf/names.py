@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.config import Architecture
 from model.layer import HFName, Packed, Transposed
+from model.order import Order, order_of
 from model.stack import Model
 
 
@@ -30,6 +31,7 @@ class Place:
         heads: the groups lie one after the other in each of so many equal spans of rows.
         transposed: the checkpoint holds `[inputs, outputs]`, so groups of rows are groups of columns there.
         middle_axis: the checkpoint holds `[H, d]` as `[H, 1, d]`.
+        order: how heads are kept here that lie there as they are numbered.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Place:
     heads: int = 1
     transposed: bool = False
     middle_axis: bool = False
+    order: Order | None = None
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the whole tensor there, from that of the parameter here."""
@@ -48,7 +51,7 @@ class Place:
 
     def lay_out(self, parts: list[Tensor]) -> Tensor:
         """The whole tensor there, from its parts here in their order."""
-        whole = parts[0]
+        whole = parts[0] if self.order is None else self.order.inverse.apply(parts[0])
         if len(parts) > 1:
             # [heads, parts, rows, ...]
             whole = torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 2)
@@ -61,7 +64,8 @@ class Place:
         whole = whole.t() if self.transposed else whole
         if self.middle_axis:
             whole = whole.squeeze(1)
-        return whole.unflatten(0, (self.heads, self.parts, -1))[:, self.part].flatten(0, 1).contiguous()
+        taken = whole.unflatten(0, (self.heads, self.parts, -1))[:, self.part].flatten(0, 1)
+        return (taken if self.order is None else self.order.apply(taken)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,8 @@ def places(architecture: Architecture, family: str) -> dict[str, Place]:
         ValueError: an unknown family, or parameters that have no name in it or that it cannot pack, all of them named.
     """
     if family == OWN:
-        return {name: Place(f"model.{name}") for name in parameter_shapes(architecture)}
+        names = parameter_shapes(architecture)
+        return {name: Place(f"model.{name}", order=order_of(architecture, name)) for name in names}
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, n=1, cutoff=0.0)
         raise ValueError(
@@ -302,7 +307,9 @@ def _place(name: str, architecture: Architecture, family: Family) -> Place | Non
     place = _declared(declared, settings)
     if isinstance(declared, str):
         place = family.places.get(declared, place)
-    return replace(place, name=family.layer.format(layer) + place.name)
+    order = order_of(architecture, name)
+    assert order is None or place.parts == 1, f"{name} is packed with others, and its heads are kept in another order"
+    return replace(place, name=family.layer.format(layer) + place.name, order=order)
 
 
 def _declared(name: HFName, settings: Any) -> Place:

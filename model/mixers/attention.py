@@ -97,30 +97,42 @@ class Attention(Mixer):
     def forward(
         self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
     ) -> Tensor:
-        q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
-        if cache is not None:
-            k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
-        k_BMGd, v_BMGd = ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
-        out_BNHd = self.mix(q_BNHd, k_BMGd, v_BMGd, ctx)
+        q_BNHd = self._queries(x)
+        k_BMGd, v_BMGd = self._keys_values(x, ctx, cache)
+        out_BNHd = self.mix(self._turned(q_BNHd, ctx), k_BMGd, v_BMGd, ctx)
         return self.o(gate_heads(out_BNHd, head_gate).flatten(2))
 
     def mix(self, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
         """What each query takes from the values of all M keys, `[B, N, H, d]`; shows its weights to `ctx.observer`."""
         raise NotImplementedError
 
-    def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, N, H, d]`, keys and values `[B, N, G, d]`, normed and rotated."""
-        q_BNHd = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)))
+    def _queries(self, x: Tensor) -> Tensor:
+        """`[B, N, H, d]`, as the projection gives them."""
+        return self.q(x).unflatten(-1, (-1, self.head_dim))
+
+    def _turned(self, q_BNHd: Tensor, ctx: Context) -> Tensor:
+        """Queries as they are multiplied with keys: normed and rotated."""
+        q_BNHd = self.q_norm(q_BNHd)
+        return rotate(q_BNHd, ctx.shared[self._rotary]) if self._rotary else q_BNHd
+
+    def _keys_values(self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys (normed and rotated) and values `[B, M, G, d]` of all tokens that these may see."""
         k_BNGd = self.k_norm(self.k(x).unflatten(-1, (-1, self.head_dim)))
         v_BNGd = self.v(x).unflatten(-1, (-1, self.head_dim))
         if self._rotary:
-            q_BNHd = rotate(q_BNHd, ctx.shared[self._rotary])
             k_BNGd = rotate(k_BNGd, ctx.shared[self._rotary])
-        return q_BNHd, k_BNGd, v_BNGd
+        if cache is not None:
+            k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
+        return ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
 
     def _reference_map(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For references: queries and values of every head, scores `[B, H, N, N]`, and which keys are seen."""
-        q_BNHd, k_BNGd, v_BNGd = self._project(x, ctx)
+        return self._map_of(self._queries(x), x, ctx)
+
+    def _map_of(self, q_BNHd: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, from queries as the projection gives them."""
+        q_BNHd = self._turned(q_BNHd, ctx)
+        k_BNGd, v_BNGd = self._keys_values(x, ctx)
         group = q_BNHd.shape[2] // k_BNGd.shape[2]
         k_BNHd, v_BNHd = (kv.repeat_interleave(group, dim=2) for kv in (k_BNGd, v_BNGd))
         scores_BHNM = torch.einsum("bnhd,bmhd->bhnm", q_BNHd, k_BNHd) / self.head_dim**0.5
@@ -140,7 +152,7 @@ class Attention(Mixer):
         window = min(n, self.config.window or n)
         # On the mean over the queries; each counts itself by half, so that without a window they are n / 2.
         keys = (window**2 / 2 + (n - window) * (window - 0.5)) / n
-        return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim
+        return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim * self.active_share
 
 
 def visible(ctx: Context, window: int | None) -> Visible:

@@ -115,13 +115,6 @@ class Lightning(Mixer):
     def remake_buffers(self) -> None:
         self.slopes = torch.tensor(self._all_slopes, dtype=torch.float32, device=self.slopes.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Lightning:
-        # A cast to bf16 would round slow decays to no decay at all, and a move off the meta device leaves them
-        # undefined: whatever happens to the module, the slopes are made again from the exact list.
-        super()._apply(fn, recurse)
-        self.remake_buffers()
-        return self
-
     def forward(
         self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
     ) -> Tensor:

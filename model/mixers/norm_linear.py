@@ -111,12 +111,6 @@ class NormLinear(Mixer):
         if self.reflector is not None:
             self.reflector = unit_vector(self.head_dim, self.site.layer).to(self.reflector.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> NormLinear:
-        # Rounded to bf16, the vector would no longer have length 1; moved off the meta device, it would be undefined.
-        super()._apply(fn, recurse)
-        self.remake_buffers()
-        return self
-
     def prepare(self, ctx: Context) -> None:
         if self.rotation == "fixed":
             ctx.share(self._rotary, lambda: rotary_table(ctx.positions, self.head_dim, self.config.rope_theta))

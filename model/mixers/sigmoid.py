@@ -77,12 +77,6 @@ class Sigmoid(Attention):
             ladder = alibi_ladder(self.config.num_heads)
             self.slopes = torch.tensor(ladder, dtype=torch.float32, device=self.slopes.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Sigmoid:
-        # A cast would round the slopes, and a move off the meta device leaves them undefined: they are made again.
-        super()._apply(fn, recurse)
-        self.remake_buffers()
-        return self
-
     @property
     def _bias(self) -> float:
         return 0.0 if self.config.bias_mode == "per_row" else -math.log(self.config.length)

@@ -184,7 +184,9 @@ def test_bf16_stays_near(kind: str, example: int) -> None:
     rough = small_model(kind, example, init_std=0.1).to(torch.bfloat16)
     wanted = exact(tokens)
     error = (rough(tokens).double() - wanted).norm() / wanted.norm()
-    assert error < 0.03, f"relative error {error:.4f}"
+    # Where heads are chosen, rounding turns the choice between two that are nearly alike, and all that follows.
+    bound = 0.03 if exact.layers["0"].mixer.active_share == 1 else 0.12
+    assert error < bound, f"relative error {error:.4f}"
 
 
 @every_mixer
@@ -199,9 +201,9 @@ def test_declared_flops_are_those_of_the_reference(kind: str, example: int) -> N
     linear, declared = mixer.linear_flops(), mixer.flops(n)
     if mixer.context != "state":
         # The reference multiplies every query with every key. Of those that a causal query sees, itself is counted by
-        # half, so that without a bound they are n / 2.
+        # half, so that without a bound they are n / 2. It runs all heads, where others run for some tokens only.
         seen = sum(place + 0.5 - mixer.first_seen(place) for place in range(n)) / n
-        counted = linear + (counted - linear) * seen / n
+        counted = linear + (counted - linear) * mixer.active_share * seen / n
     assert declared == pytest.approx(counted, rel=1e-12)
 
 

@@ -75,7 +75,7 @@ def found_in(weights: AttentionMap, num_queries: int | None = None) -> Diagnosis
     probe = AttentionProbe(sample)
     probe.residual(0, torch.ones(ROWS, LENGTH, 3))
     assert probe.attention(0, weights) is weights.q_BNHd
-    return Tally.of(probe, 1, HEADS).diagnosis()
+    return Tally.of(probe, [list(range(HEADS))]).diagnosis()
 
 
 def oracle(kind: Kind) -> tuple[dict[str, list[float]], float]:
@@ -141,7 +141,7 @@ def test_every_statistic_is_that_of_a_whole_map(name: str, monkeypatch: pytest.M
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         found = found_in(map_of(KINDS[name], dtype))
         assert found.sink_rate == rate
-        assert set(found.by_head) == set(wanted)
+        assert set(found.by_head) == {*wanted, "load"}
         for what, values in wanted.items():
             assert found.by_head[what][0].tolist() == pytest.approx(values, rel=bound, abs=bound), what
     if name == "plain":
@@ -233,7 +233,7 @@ def test_a_probe_changes_nothing_and_is_gone_afterwards() -> None:
 
 def test_the_residual_stream_is_measured_where_it_enters_a_layer() -> None:
     model, batch = small_model("softmax"), random_batch(2, 40)
-    found = Tally.of(probed(model, batch, None), 2, HEADS).diagnosis()
+    found = Tally.of(probed(model, batch, None), [list(range(HEADS))] * 2).diagnosis()
     x = model.embedding(batch.tokens)
     norms = x.norm(dim=-1)
     ratios = []
@@ -248,16 +248,16 @@ def test_the_residual_stream_is_measured_where_it_enters_a_layer() -> None:
 
 def test_rows_looked_at_one_after_the_other_are_rows_looked_at_together() -> None:
     model, batch = small_model("softmax"), random_batch(3, 70)
-    together = Tally.of(probed(model, batch, None), 2, HEADS)
+    together = Tally.of(probed(model, batch, None), [list(range(HEADS))] * 2)
     apart = Tally.empty(2, HEADS)
     for row in range(3):
-        apart.add(Tally.of(probed(model, batch.rows(slice(row, row + 1)), None), 2, HEADS))
+        apart.add(Tally.of(probed(model, batch.rows(slice(row, row + 1)), None), [list(range(HEADS))] * 2))
     for name in ("head_sums", "layer_sums", "maxima"):
         torch.testing.assert_close(getattr(apart, name), getattr(together, name), rtol=1e-9, atol=1e-12)
 
 
 def test_layers_without_weights_have_none() -> None:
-    found = Tally.of(probed(small_model("lightning"), random_batch(2, 70)), 2, HEADS).diagnosis()
+    found = Tally.of(probed(small_model("lightning"), random_batch(2, 70)), [list(range(HEADS))] * 2).diagnosis()
     assert found.heads == [0, 0] and found.rows("entropy") == [None, None] and found.sink_rate is None
     assert found.residual_max.isfinite().all()
     assert SINK == 0.3

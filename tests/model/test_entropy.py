@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.attention import Visible
 from model.attention import AttentionMap
-from model.entropy import EnterBackward, EntropyPenalty, keys_seen, query_entropies
+from model.entropy import EntropyPenalty, keys_seen, query_entropies
 from model.mixers import MIXERS
+from model.observer import EnterBackward, Observer
 from tests.conformance.models import CASES, mixer_class, random_batch, random_documents, small_model
 
 B, N, H, G, D = 3, 13, 4, 2, 6
@@ -245,12 +246,9 @@ def test_backward_begins_where_the_entropies_arise() -> None:
 # What mixers say of themselves.
 
 
-class _Asked:
+class _Asked(Observer):
     def __init__(self) -> None:
         self.layers: list[int] = []
-
-    def residual(self, layer: int, x: Tensor) -> None:
-        pass
 
     def attention(self, layer: int, weights: AttentionMap) -> Tensor:
         self.layers.append(layer)

@@ -47,7 +47,7 @@ FAULTS = [
     ),
     Fault(
         "slopes rounded by a cast to bf16",
-        "model/mixers/lightning.py",
+        "model/layer.py",
         [("        super()._apply(fn, recurse)\n", "        return super()._apply(fn, recurse)\n")],
         [CONFORMANCE],
     ),

@@ -50,13 +50,18 @@ FAULTS = [
     Fault(
         "entropy penalty: divided by dp twice",
         SPREAD,
-        [("return share / self._sequences", "return share / self._sequences / self.mesh.layout.data_parallel")],
+        [
+            (
+                "return share / self._facts.sequences",
+                "return share / self._facts.sequences / self.mesh.layout.data_parallel",
+            )
+        ],
         cells("fsdp2"),
     ),
     Fault(
         "entropy penalty: divided by what the engine divides by",
         SPREAD,
-        [("(self.share_of_mean(layer) * self._gradient_divisor)", "self.share_of_mean(layer)")],
+        [("(self.share_of_mean(layer) * self._facts.gradient_divisor)", "self.share_of_mean(layer)")],
         cells("fsdp2"),
     ),
     Fault(

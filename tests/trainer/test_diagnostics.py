@@ -16,7 +16,7 @@ from tests.pool import Pool
 from tests.trainer.conversions import SWIGLU, decoder
 from tests.trainer.runs import VOCAB, curve, headway, stored, train, write_config, write_tokens
 from trainer.config import Refused, load_config
-from trainer.diagnostics import BY_HEAD, BY_LAYER, layer_means, record_of
+from trainer.diagnostics import BY_HEAD, BY_LAYER, LOAD, layer_means, record_of
 from trainer.metrics import LONGEST_END, MetricsConfig, MetricsLog, last_record, read_metrics
 
 SCALARS = {"attention_entropy_min", "attention_entropy_norm_min", "sink_rate", "attention_logit_max", "residual_max"}
@@ -120,7 +120,7 @@ def test_how_often_is_checked(data: str, tmp_path: Path) -> None:
 def a_diagnosis(layers: int = 2, heads: int = 2) -> Diagnosis:
     values = torch.rand(layers, heads, dtype=torch.float64)
     residual = torch.rand(layers, dtype=torch.float64)
-    return Diagnosis([heads] * layers, dict.fromkeys(BY_HEAD, values), 0.5, residual, residual, residual)
+    return Diagnosis([heads] * layers, dict.fromkeys((*BY_HEAD, LOAD), values), 0.5, residual, residual, residual)
 
 
 def test_what_is_no_number_is_null_and_no_mean_is_made_of_it() -> None:

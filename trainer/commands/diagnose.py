@@ -44,7 +44,7 @@ def diagnose(argv: list[str]) -> int:
     from rich.console import Console
 
     from model.files import write_json
-    from trainer.diagnostics import record_of
+    from trainer.diagnostics import record_of, unchosen_heads
     from trainer.evaluation import diagnose as look
 
     found, tokens = look(
@@ -67,6 +67,8 @@ def diagnose(argv: list[str]) -> int:
         console.print("No layer has attention weights to look at: the mixers are linear ones.")
     elif found.sink_rate is None:
         console.print("No document of these rows has 64 tokens in one of them, so there is no sink rate.")
+    if idle := unchosen_heads(record):
+        console.print(idle, highlight=False)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, record)

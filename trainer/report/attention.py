@@ -18,6 +18,7 @@ CURVES = {
     "attention_entropy_min": ("Lowest entropy of a layer", "nats"),
     "sink_rate": ("Sink rate", "of heads and windows"),
     "attention_logit_max": ("Largest attention logit", ""),
+    "head_load_min": ("Least load of a head", "part of the tokens"),
     "residual_max": ("Largest value in the residual stream", ""),
 }
 """The scalars that a diagnosis adds to its step's record, with titles and units."""
@@ -52,6 +53,8 @@ def _heat_maps(found: dict[str, Any]) -> str:
         if (weight := _matrix(found, key)) is not None:
             drawn.append(_heat_map("sink", "Weight of the first token", unit, weight, "warm"))
             break
+    if (load := _matrix(found, "load")) is not None:
+        drawn.append(_heat_map("load", "Head load", "part of the tokens for which a head runs", load, "cool"))
     return "".join(drawn)
 
 
@@ -77,14 +80,15 @@ def _heat_map(key: str, title: str, unit: str, rows: Rows, hue: str) -> str:
     down = "".join(f'<span style="top:{100 * (at + 0.5) / layers:.2f}%">{at}</span>' for at in _labelled(layers, 16))
     across = "".join(f'<span style="left:{100 * (at + 0.5) / heads:.2f}%">{at}</span>' for at in _labelled(heads, 12))
     height = min(max(1.5 * layers, 4.0), 24.0)
-    blank = "; blank: no attention weights" if not all(rows) else ""
+    without = "All heads run" if key == "load" else "Without attention weights"
+    blank = f"; blank: {without.lower()}" if not all(rows) else ""
     return f"""
 <figure class="heat {hue}" id="heat-{key}">
 <figcaption><h3>{escape(title)} <small>{escape(unit)}</small></h3>
 <p class="scale" aria-hidden="true">0 <i></i> 1</p></figcaption>
 <div class="cells" style="height:{height:g}rem">
 <svg viewBox="0 0 {heads} {layers}" preserveAspectRatio="none" role="img" aria-labelledby="ht-{key} hd-{key}">
-<title id="ht-{key}">{escape(title)} by layer and head</title><desc id="hd-{key}">{escape(_told(rows))}</desc>
+<title id="ht-{key}">{escape(title)} by layer and head</title><desc id="hd-{key}">{escape(_told(rows, without))}</desc>
 {"".join(cells)}
 </svg>
 <div class="ys" aria-hidden="true">{down}</div><div class="xs" aria-hidden="true">{across}</div>
@@ -98,7 +102,7 @@ def _labelled(count: int, about: int) -> list[int]:
     return [int(at) for at in ticks(0, max(count - 1, 1), min(count, about), whole=True) if at < count]
 
 
-def _told(rows: Rows) -> str:
+def _told(rows: Rows, otherwise: str) -> str:
     """What the picture says, in words."""
     there = [
         (value, layer, head) for layer, row in enumerate(rows) for head, value in enumerate(row) if value is not None
@@ -106,7 +110,7 @@ def _told(rows: Rows) -> str:
     (low, *low_at), (high, *high_at) = min(there), max(there)
     mean = sum(value for value, *_ in there) / len(there)
     empty = [str(layer) for layer, row in enumerate(rows) if not row]
-    without = f" Without attention weights: layers {', '.join(empty)}." if empty else ""
+    without = f" {otherwise}: layers {', '.join(empty)}." if empty else ""
     return (
         f"{len(rows)} layers. Lowest {number(low, 3)} in layer {low_at[0]}, head {low_at[1]}; highest "
         f"{number(high, 3)} in layer {high_at[0]}, head {high_at[1]}; mean {number(mean, 3)}.{without}"
@@ -121,6 +125,7 @@ _COLUMNS = (
     ("logit_max", "Largest logit", "max"),
     ("sink", "Sink", "mean"),
     ("first_weight", "First token", "mean"),
+    ("load", "Least load", "min"),
     ("residual_max", "Residual", "max"),
     ("first_norm_ratio", "First norm", "max"),
 )

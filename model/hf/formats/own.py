@@ -13,7 +13,15 @@ def read(raw: dict[str, Any]) -> Tables:
     tables = raw.get("headway")
     if not isinstance(tables, dict):
         raise ValueError("headway, the tables [model], [mixers.NAME] and [feedforwards.NAME], is missing.")
-    return {name: tables.get(name, {}) for name in ("model", "mixers", "feedforwards")}
+    found: Tables = {name: dict(tables.get(name, {})) for name in ("model", "mixers", "feedforwards")}
+    # In the folder heads lie as they are numbered; here they are kept as the mixer likes it.
+    found["mixers"] = {name: without_order(table) for name, table in found["mixers"].items()}
+    return found
+
+
+def without_order(mixer: dict[str, Any]) -> dict[str, Any]:
+    """A mixer's table without what says how its heads are kept."""
+    return {key: value for key, value in mixer.items() if key != "group_order"}
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
@@ -21,6 +29,9 @@ def write(architecture: Architecture) -> dict[str, Any]:
     tables = architecture_tables(architecture)
     # The source of the first weights says nothing about the model.
     tables["model"].pop("init_from", None)
+    for mixer in tables["mixers"].values():
+        if "group_order" in mixer:
+            mixer["group_order"] = sorted(mixer["group_order"])
     return {
         "headway": tables,
         "vocab_size": m.vocab_size,

@@ -1,0 +1,193 @@
+"""Dense checkpoints as expert models. Nothing gets its name before it has been compared with what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.config import Architecture
+from model.files import new_folder
+from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, compare, judge, native_logits
+from model.hf.export import parse_size, write_folder
+from model.hf.folder import is_hugging_face_folder
+from model.hf.formats import choose_format
+from model.hf.loading import load_source
+from model.hf.source import HuggingFaceFolder, Source, Weights, open_model
+from model.initialisation import Normal, draw
+from model.mixers.attention import AttentionConfig
+from model.mixers.moh import MoH
+from model.mixers.softmax import Softmax
+from model.settings import architecture_tables, build_architecture, without_none
+from model.stack import Model
+from trainer.convert import (
+    Say,
+    all_of,
+    check_free,
+    compare_tokenizers,
+    described,
+    dtype_named,
+    facts_of,
+    name_of,
+    tokenizer_of,
+)
+from trainer.data.train_tokenizer import write_hugging_face_files
+
+SAME = 1e-5
+"""With all heads on, logits are those of the source but for this part of the largest. Both are computed by us in fp32,
+from the same weights."""
+ROUTER_STD = 0.002
+"""Of a learned router's weights for routed heads. So small that gates are 1 within a few percent, while which heads are
+chosen differs between tokens all the same; the other routers begin as zeros, which is 1."""
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """What `headway upcycle moh` is told about heads."""
+
+    shared_heads: int
+    active_heads: int
+    router: Literal["learned", "norm"] = "norm"
+    route_unit: Literal["head", "kv_group"] = "head"
+
+
+def to_moh(
+    model: Path,
+    out: Path,
+    choice: HeadChoice,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    say: Say = print,
+) -> Agreement:
+    """Write MODEL with mixture-of-head attention in place of softmax attention, as a Hugging Face folder.
+
+    The weights are the model's own. Two things are checked: with all heads on, logits are those of the model; and
+    transformers computes from the folder what Headway does.
+
+    Args:
+        dtype: of the weights. Default: bfloat16 for a run in bf16, what a Hugging Face folder has, else float32.
+        say: told how it goes, in lines.
+
+    Returns:
+        How far logits with all heads on are from the model's.
+
+    Raises:
+        ValueError: what cannot be made, or computes something else: then `out` is untouched.
+    """
+    limit, asked, source = all_of(
+        lambda: parse_size(max_shard_size),
+        lambda: dtype_named(dtype),
+        lambda: open_model(model),
+        lambda: check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
+    )[:3]
+    dense = source.architecture()
+    routed = with_routed_heads(dense, choice)
+    kept, layout, words = asked or source.dtype, choose_format(routed, "headway"), tokenizer_of(source, None)
+    say(f"{source.folder}: {described(dense)} in {name_of(kept)}")
+    say(f"{out}: {described(routed)}; {_heads(routed)}")
+    with new_folder(out) as partial:
+        weights = _WithRouters(source.weights(dense), dense, routed)
+        write_folder(partial, weights, routed, layout, facts_of(source, words), dtype=kept, max_shard_bytes=limit)
+        if words is not None:
+            write_hugging_face_files(words, partial)
+        made, tokens = HuggingFaceFolder(partial), check_tokens(dense)
+        same = compare(all_heads_logits(made, tokens, kept), native_logits(source, tokens, kept))
+        same = replace(same, tolerance=SAME)
+        say(f"logits with all heads on and of the source: {same}")
+        if not same.holds:
+            raise ValueError(f"with all heads on it computes something else than {source.folder}: {same}.")
+        answer = ask_transformers(partial, tokens, trust=True, texts=None if words is None else TEXTS)
+        agreement = judge(answer.logits, native_logits(made, tokens, kept), made, tokens, kept)
+        say(f"logits of transformers and Headway: {agreement}")
+        if not agreement.holds:
+            raise ValueError(f"transformers computes something else from the folder: {agreement}.")
+        if words is not None:
+            compare_tokenizers(words, answer.ids, out)
+    say(f"{out}: written")
+    return same
+
+
+def with_routed_heads(dense: Architecture, choice: HeadChoice) -> Architecture:
+    """The same model with mixture-of-head attention wherever it has softmax attention, heads kept as they are numbered.
+
+    Raises:
+        ValueError: with every reason why it cannot be.
+    """
+    faults, names = [], {}
+    tables = architecture_tables(dense)
+    tables["mixers"] = {}
+    for name, (mixer, settings) in dense.mixers.items():
+        table = architecture_tables(dense)["mixers"][name]
+        if mixer is Softmax:
+            if settings.takes_weight:
+                faults.append(f"mixers.{name} has a key bias or a sink, which mixture-of-head attention has not.")
+            kept = {field.name for field in fields(AttentionConfig)}
+            table = {key: value for key, value in table.items() if key in kept}
+            order = list(range(settings.num_kv_heads or settings.num_heads))
+            table |= {"kind": "moh", "group_order": order} | without_none(choice)
+        names[name] = "moh" if name == "softmax" and "moh" not in dense.mixers else name
+        tables["mixers"][names[name]] = table
+    if not any(table["kind"] == "moh" for table in tables["mixers"].values()):
+        kinds = ", ".join(mixer.__name__ for mixer, _ in dense.mixers.values())
+        faults.append(f"no layer has softmax attention, whose heads could be chosen (the mixers are {kinds}).")
+    pattern = [names[name] for name in dense.mixer_names]
+    tables["model"]["pattern"] = pattern[:1] if len(set(pattern)) == 1 else pattern
+    factors = tables["model"].get("residual_factors", {})
+    tables["model"]["residual_factors"] = {names.get(name, name): factor for name, factor in factors.items()}
+    _, routed = build_architecture(tables, faults)
+    if routed is None or faults:
+        raise ValueError("\n".join(faults))
+    return routed
+
+
+def all_heads_logits(made: Source, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of a model with mixture-of-head attention in which every head runs, with a gate of 1, in fp32."""
+    model = load_source(made, dtype=dtype).to(torch.float32)
+    for block in model.layers.values():
+        if isinstance(block.mixer, MoH):
+            settings = block.mixer.config
+            block.mixer.config = replace(settings, active_heads=settings.num_heads - settings.shared_heads)
+            for name, parameter in block.mixer.named_parameters():
+                if name.split(".")[0] in MoH.routers:
+                    parameter.data.zero_()
+    with torch.no_grad():
+        return model(tokens)
+
+
+class _WithRouters(Weights):
+    """The weights of a dense model, and initial ones for the routers that it has not."""
+
+    def __init__(self, dense: Weights, before: Architecture, after: Architecture):
+        self._dense = dense
+        with torch.device("meta"):
+            self._known = {name for name, _ in Model(before).named_parameters()}
+            self._shapes = {name: parameter.shape for name, parameter in Model(after).named_parameters()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in names:
+            if name in self._known:
+                found |= self._dense.read([name])
+            else:
+                std = ROUTER_STD if name.endswith(".route.weight") else 0.0
+                found[name] = draw(name, Normal(std), self._shapes[name], seed=0)
+        return found
+
+
+def _heads(routed: Architecture) -> str:
+    """How many heads run, in words."""
+    told: dict[str, Any] = {}
+    for mixer, settings in routed.mixers.values():
+        if mixer is MoH:
+            running = settings.shared_heads + settings.active_heads
+            told[
+                f"of {settings.num_heads} query heads {running} run for a token: {settings.shared_heads} shared, "
+                f"{settings.active_heads} of {settings.num_heads - settings.shared_heads} chosen by {settings.router}"
+            ] = None
+    return "; ".join(told)
