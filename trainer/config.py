@@ -302,7 +302,7 @@ def _take_model_from_source(tables: dict[str, Any]) -> list[str]:
     tables["model"] = theirs["model"] | tables["model"]
     for section in ("mixers", "feedforwards"):
         ours = tables.get(section, {})
-        merged = {name: table | ours.get(name, {}) for name, table in theirs[section].items()}
+        merged = {name: _over(name, table, ours.get(name, {})) for name, table in theirs[section].items()}
         faults += [
             f"{section}.{name}.kind = {table['kind']!r} would import code that model.init_from names: write it into "
             "your own configuration if you trust it."
@@ -311,6 +311,12 @@ def _take_model_from_source(tables: dict[str, Any]) -> list[str]:
         ]
         tables[section] = merged | {name: table for name, table in ours.items() if name not in merged}
     return faults
+
+
+def _over(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """A layer's table with our settings over theirs; those of another kind mean nothing here."""
+    same = ours.get("kind", theirs.get("kind", name)) == theirs.get("kind", name)
+    return theirs | ours if same else ours
 
 
 def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list[str]:

@@ -123,7 +123,7 @@ class Case:
     In fp32 two layers are compared and in fp64 four: rounding inside forward grows with the depth, and in fp32 it comes
     near the bound where heads are few and their products small (as near for one process, against fp64).
 
-    `entropy`: a penalty that is trained on beside the cross-entropy.
+    `entropy`: a penalty that is trained on beside the cross-entropy. `mixer`: what the example is changed by.
     """
 
     kind: str
@@ -134,6 +134,7 @@ class Case:
     optimizer: Optimizer = "adamw"
     reparam: dict[str, Any] = field(default_factory=dict)
     entropy: EntropyPenalty | None = None
+    mixer: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -142,6 +143,10 @@ class Case:
         crossings = {mixer_class(part).context for part in kind.split("+")}
         isolated = parallel.cp == 1 or "none" not in crossings
         return cls(kind, num_layers=depth(name, precision), isolated=isolated)
+
+    def _changes(self, kind: str) -> dict[str, Any]:
+        """In a hybrid, of the first mixer and others of its kind."""
+        return self.mixer if kind == self.kind.split("+")[0] else {}
 
     def architecture(self) -> Architecture:
         """Width 32, a vocabulary that no tp divides, all feed-forwards; tied, with biases, unless `model` says else."""
@@ -160,7 +165,7 @@ class Case:
         tables = {
             "model": settings | self.model,
             "mixers": {
-                name: {"kind": kind} | mixer_class(kind).examples[self.example]
+                name: {"kind": kind} | mixer_class(kind).examples[self.example] | self._changes(kind)
                 for name, kind in zip(names, kinds, strict=True)
             },
             "feedforwards": {"swiglu": {"d_ff": 48}, "sglu": {"d_ff": 24}, "gelu": {"d_ff": 64}},

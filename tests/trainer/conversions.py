@@ -92,6 +92,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             positions="none",
         ),
     ),
+    "heads that are chosen, kept in another order": (
+        "headway",
+        decoder(
+            {
+                "moh": {"num_heads": 4, "shared_heads": 2, "active_heads": 1},
+                "norm": {"kind": "moh", "num_heads": 4, "shared_heads": 2, "active_heads": 1, "router": "norm"},
+            },
+            SWIGLU,
+            num_layers=4,
+            bias=True,
+        ),
+    ),
     "a hybrid, parallel": (
         "headway",
         decoder({"lightning": {"num_heads": 4}, "softmax": GROUPED}, SWIGLU, num_layers=4, residual="parallel"),
