@@ -20,10 +20,11 @@ from tests.mutations.general import FAULTS as GENERAL
 from tests.mutations.layouts import FAULTS as IN_LAYOUTS
 from tests.mutations.objectives import FAULTS as IN_OBJECTIVES
 from tests.mutations.reparam import FAULTS as OF_REPARAM
+from tests.mutations.routing import FAULTS as OF_ROUTING
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *OF_REPARAM]
+FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *OF_REPARAM, *OF_ROUTING]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600

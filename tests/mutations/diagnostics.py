@@ -11,7 +11,7 @@ FAULTS = [
     Fault(
         "a diagnosis with heads at their local places",
         "parallel/diagnose.py",
-        [('num_heads, model.mesh.rank("tp"))', "num_heads, 0)")],
+        [('head_numbers(model.uncut), model.mesh.rank("tp"))', "head_numbers(model.uncut), 0)")],
         [f"{LAYOUT}[tp2]"],
     ),
     Fault(
