@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention.parts import SeenPart, Sight, sights, whole_triangle
 from kernels.attention.visible import Visible
 from kernels.precision import computing_dtype
 
@@ -25,10 +26,8 @@ from kernels.precision import computing_dtype
 _FEWEST_QUERIES = 1024
 _LARGEST_SHARE = 0.85
 # Queries of a square on the diagonal, of one head of keys: fewer make slow products, more waste half a larger square.
-_QUERIES_OF_A_SQUARE = 224
-_LEAST_SQUARE, _LARGEST_SQUARE = 64, 1024
-# Fewer keys than these are not worth a call of their own without a mask.
-_FEWEST_KEYS = 128
+_QUERIES_OF_A_SQUARE = 192
+_LARGEST_SQUARE = 1024
 # Heads go together while none has less than this part of the queries of the largest: all are padded to that one.
 _EVEN = 0.75
 # A score that is hidden. Finite, so that a part in which a query sees nothing has a logarithm that can be merged.
@@ -64,7 +63,7 @@ def _all_then_zero(
     q: Tensor, k: Tensor, v: Tensor, selected_BNH: Tensor | None, visible: Visible, scale: float
 ) -> Tensor:
     """`selected_attention` where there is no form that skips: all heads by torch's own attention."""
-    plain = _whole_triangle(visible)
+    plain = whole_triangle(visible)
     out_BHNe = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=None if plain is not None else visible.of(torch.arange(q.shape[1], device=q.device)),
@@ -74,103 +73,6 @@ def _all_then_zero(
     )
     out_BNHe = out_BHNe.transpose(1, 2)
     return out_BNHe if selected_BNH is None else out_BNHe.masked_fill(~selected_BNH[..., None], 0)
-
-
-# ------------------------------------------------------------------------------- which keys, in parts
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Queries first .. end - 1 with keys first_key .. end_key - 1, of which each sees all, or some (`masked`)."""
-
-    first: int
-    end: int
-    first_key: int
-    end_key: int
-    masked: bool
-
-
-@dataclass(frozen=True)
-class _Sight:
-    """What the queries see, of one row or of rows that are alike.
-
-    Attributes:
-        visible: its documents, if any, are of one row.
-        ids: document of each query.
-        documents: for each query the first and end of its document's keys.
-    """
-
-    visible: Visible
-    ids: list[int] | None = None
-    documents: list[tuple[int, int]] | None = None
-
-    def reach(self, first: int, end: int) -> tuple[int, int]:
-        """First and end of the keys among which are all that one of these queries sees."""
-        reach = self.visible.reach(first, end)
-        if self.documents is None:
-            return reach
-        return _overlap(reach, (self.documents[first][0], self.documents[end - 1][1]))
-
-    def common(self, first: int, end: int) -> tuple[int, int]:
-        """First and end of keys that each of these queries sees; where causal, those before the first query."""
-        place, last = first + self.visible.first_index, end - 1 + self.visible.first_index
-        low, high = 0, place if self.visible.causal else self.visible.num_keys
-        if self.visible.window is not None:
-            low, high = max(low, last - self.visible.window + 1), min(high, place + self.visible.window)
-        if self.documents is None or self.ids is None:
-            return (low, high) if self.ids is None else (0, 0)
-        return _overlap((low, high), self.documents[first]) if self.ids[first] == self.ids[end - 1] else (0, 0)
-
-    def parts(self, first: int, end: int, keys: tuple[int, int], square: int) -> Iterator[_Part]:
-        """Every pair of these queries and keys that can see each other, once.
-
-        What all of the queries see is one part. What is left is that of either half of them, until they are `square`.
-        """
-        low, high = _overlap(self.reach(first, end), keys)
-        left = [(low, high)]
-        a, b = _overlap(self.common(first, end), (low, high))
-        if b - a >= _FEWEST_KEYS:
-            yield _Part(first, end, a, b, masked=False)
-            left = [(low, a), (b, high)]
-        middle = first + -(-(end - first) // (2 * square)) * square
-        for some in left:
-            if some[0] >= some[1]:
-                continue
-            if end - first <= square:
-                yield _Part(first, end, *some, masked=True)
-            else:
-                yield from self.parts(first, middle, some, square)
-                yield from self.parts(middle, end, some, square)
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    first = max(a[0], b[0])
-    return first, max(first, min(a[1], b[1]))
-
-
-def _sights(visible: Visible, rows: int) -> Iterator[tuple[slice, _Sight]]:
-    """Rows that see alike, and what they see: all together, or with documents each by itself."""
-    if visible.documents is None or visible.key_documents is None:
-        yield slice(0, rows), _Sight(visible)
-        return
-    for row in range(rows):
-        ids_N, ids_M = visible.documents[row].contiguous(), visible.key_documents[row].contiguous()
-        of_row = replace(visible, documents=ids_N[None], key_documents=ids_M[None])
-        documents = None
-        # Documents follow each other, but where numbers do not rise all that is lost is time.
-        if bool((ids_N.diff() >= 0).all() & (ids_M.diff() >= 0).all()):
-            firsts_N, ends_N = (torch.searchsorted(ids_M, ids_N, right=right).tolist() for right in (False, True))
-            documents = list(zip(firsts_N, ends_N, strict=True))
-        yield slice(row, row + 1), _Sight(of_row, ids_N.tolist(), documents)
-
-
-def _whole_triangle(visible: Visible) -> bool | None:
-    """Whether attention without a mask is causal (True) or not (False); None if this needs a mask."""
-    if visible.documents is not None or visible.window is not None:
-        return None
-    if not visible.causal or visible.first_index >= visible.num_keys - 1:
-        return False
-    return True if visible.first_index == 0 and visible.num_queries == visible.num_keys else None
 
 
 # ------------------------------------------------------------------------- selected queries, taken together
@@ -192,16 +94,17 @@ class _Taken:
     square: int
     starts: list[int]
 
-    def span(self, part: _Part) -> slice:
+    def span(self, part: SeenPart) -> slice:
         """Which of the S belong to a part's queries."""
         return slice(self.starts[part.first // self.square], self.starts[-(-part.end // self.square)])
 
     def take(self, x_BNHd: Tensor) -> Tensor:
-        """[1, U, S, d]: their rows, and zeros."""
+        """[U, S, d]: their rows, and zeros."""
+        x_Rd = x_BNHd.reshape(-1, x_BNHd.shape[-1])
         rows_S = self.rows_US.flatten()
-        x_Sd = x_BNHd.reshape(-1, x_BNHd.shape[-1])
-        taken_Sd = x_Sd.index_select(0, rows_S.clamp(max=len(x_Sd) - 1))
-        return taken_Sd.masked_fill_((rows_S == len(x_Sd))[:, None], 0).view(1, *self.rows_US.shape, -1)
+        taken_Sd = x_Rd.index_select(0, rows_S.clamp(max=len(x_Rd) - 1))
+        nothing = (rows_S == len(x_Rd)).nonzero()[:, 0]
+        return taken_Sd.index_fill_(0, nothing, 0).view(*self.rows_US.shape, -1)
 
     def put(self, taken_US: Tensor, x_RD: Tensor) -> None:
         """The inverse, into rows B * N * H with one more for what is no query."""
@@ -217,8 +120,9 @@ def _take_together(selected_UNr: Tensor, rows_UNr: Tensor, first_unit: int, nowh
         most = max(loads[unit] for unit in waiting)
         units = torch.tensor([unit for unit in waiting if loads[unit] >= _EVEN * most])
         waiting = [unit for unit in waiting if loads[unit] < _EVEN * most]
-        square = math.ceil(_QUERIES_OF_A_SQUARE * n / most / _LEAST_SQUARE) * _LEAST_SQUARE
-        square = min(square, _LARGEST_SQUARE)
+        # Halves of halves: where all are equally long, their products are largest.
+        halvings = max(0, round(math.log2(most / _QUERIES_OF_A_SQUARE)))
+        square = min(math.ceil(n / 2**halvings), _LARGEST_SQUARE)
         yield _take(selected_UNr[units], rows_UNr[units], units + first_unit, square, nowhere)
 
 
@@ -236,16 +140,20 @@ def _take(selected_UNr: Tensor, rows_UNr: Tensor, units: Tensor, square: int, no
 
 @dataclass(frozen=True)
 class _Bundle:
-    """Selected queries, the keys and values of their heads, and the parts in which they meet."""
+    """Selected queries, and the keys and values of their heads, [b, u, M, d] with b * u = U: four dimensions."""
 
     taken: _Taken
-    k_UMd: Tensor
-    v_UMd: Tensor
-    sight: _Sight
+    k_buMd: Tensor
+    v_buMd: Tensor
+    sight: Sight
     places_US: Tensor
     scale: float
 
-    def parts(self) -> Iterator[tuple[_Part, slice]]:
+    def take(self, x_BNHd: Tensor) -> Tensor:
+        """[b, u, S, d] of the queries."""
+        return self.taken.take(x_BNHd).unflatten(0, self.k_buMd.shape[:2])
+
+    def parts(self) -> Iterator[tuple[SeenPart, slice]]:
         """Parts in which there are queries, and which they are."""
         visible = self.sight.visible
         for part in self.sight.parts(0, visible.num_queries, (0, visible.num_keys), self.taken.square):
@@ -253,18 +161,20 @@ class _Bundle:
             if span.start < span.stop:
                 yield part, span
 
-    def keys(self, part: _Part) -> tuple[Tensor, Tensor]:
-        return self.k_UMd[None, :, part.first_key : part.end_key], self.v_UMd[None, :, part.first_key : part.end_key]
+    def keys(self, part: SeenPart) -> tuple[Tensor, Tensor]:
+        """With the values."""
+        keys = slice(part.first_key, part.end_key)
+        return self.k_buMd[:, :, keys], self.v_buMd[:, :, keys]
 
-    def mask(self, part: _Part, span: slice) -> Tensor | None:
-        """[1, U, S, M] of a part, to be added to scores: by the queries' places, not by how many come before them."""
+    def mask(self, part: SeenPart, span: slice) -> Tensor | None:
+        """[b, u, S, M], to be added to scores: by the queries' places, not by how many come before them."""
         if not part.masked:
             return None
         queries_R = torch.arange(part.first, part.end)
         seen_RM = self.sight.visible.of(queries_R, (part.first_key, part.end_key))[0, 0]
-        added_RM = torch.zeros(seen_RM.shape, dtype=self.k_UMd.dtype).masked_fill_(~seen_RM, _HIDDEN)
+        added_RM = torch.zeros(seen_RM.shape, dtype=self.k_buMd.dtype).masked_fill_(~seen_RM, _HIDDEN)
         places_US = self.places_US[:, span].clamp(part.first, part.end - 1) - part.first
-        return added_RM.index_select(0, places_US.flatten()).view(1, *places_US.shape, -1)
+        return added_RM.index_select(0, places_US.flatten()).view(*self.k_buMd.shape[:2], places_US.shape[1], -1)
 
 
 def _bundles(
@@ -272,59 +182,65 @@ def _bundles(
 ) -> Iterator[_Bundle]:
     rows, n, heads = q.shape[:3]
     groups, count = k.shape[2], rows * n * heads
-    k_UMd, v_UMd = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
     rows_BNH = torch.arange(count).view(rows, n, heads)
-    for some, sight in _sights(visible, rows):
+    for some, sight in sights(visible, rows):
         # [B * G, N, H / G]
         selected_UNr, rows_UNr = (
             x[some].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1) for x in (selected_BNH, rows_BNH)
         )
         for taken in _take_together(selected_UNr, rows_UNr, some.start * groups, count):
             places_US = taken.rows_US // heads % n
-            yield _Bundle(taken, k_UMd[taken.units], v_UMd[taken.units], sight, places_US, scale)
+            yield _Bundle(taken, _of_units(k, taken.units), _of_units(v, taken.units), sight, places_US, scale)
+
+
+def _of_units(x_BMGd: Tensor, units: Tensor) -> Tensor:
+    """[b, u, M, d] of these heads of keys: without a copy if they are all."""
+    rows, _, groups, _ = x_BMGd.shape
+    x_BGMd = x_BMGd.transpose(1, 2)
+    return x_BGMd if len(units) == rows * groups else x_BGMd[units // groups, units % groups][None]
 
 
 def _forward_of(bundle: _Bundle, q: Tensor) -> tuple[Tensor, Tensor]:
-    """[U, S, d] and the logarithm of the sums [U, S], wide."""
-    q_1USd = bundle.taken.take(q)
-    out_1USd = torch.zeros_like(q_1USd, dtype=computing_dtype(q))
-    lse_1US = torch.full(q_1USd.shape[:3], _HIDDEN, dtype=out_1USd.dtype)
+    """[b, u, S, d] and the logarithm of the sums [b, u, S], wide."""
+    q_buSd = bundle.take(q)
+    out_buSd = torch.zeros_like(q_buSd, dtype=computing_dtype(q))
+    lse_buS = out_buSd.new_full(q_buSd.shape[:3], _HIDDEN)
     for part, span in bundle.parts():
         part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_1USd[:, :, span], *bundle.keys(part), 0.0, False, attn_mask=bundle.mask(part, span), scale=bundle.scale
+            q_buSd[:, :, span], *bundle.keys(part), 0.0, False, attn_mask=bundle.mask(part, span), scale=bundle.scale
         )
-        # Both divided by their own sums: so each has the part of its sum in that of both.
-        before = lse_1US[:, :, span]
-        out_1USd[:, :, span].lerp_(part_out.to(out_1USd.dtype), torch.sigmoid(part_lse - before)[..., None])
+        # Both are divided by their own sums, so the share of each is that of its sum in both together.
+        before = lse_buS[:, :, span]
+        out_buSd[:, :, span].lerp_(part_out.to(out_buSd.dtype), torch.sigmoid(part_lse - before)[..., None])
         before.copy_(torch.logaddexp(before, part_lse))
-    unseen_1US = lse_1US < _HIDDEN / 2
-    return out_1USd.masked_fill_(unseen_1US[..., None], 0)[0], lse_1US.masked_fill_(unseen_1US, 0)[0]
+    unseen_buS = lse_buS < _HIDDEN / 2
+    return out_buSd.masked_fill_(unseen_buS[..., None], 0), lse_buS.masked_fill_(unseen_buS, 0)
 
 
-def _backward_of(bundle: _Bundle, d_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients [U, S, d] of the queries and [U, M, d] of keys and values, wide."""
-    taken = bundle.taken
-    d_1USd, q_1USd, out_1USd = (taken.take(x) for x in (d_out, q, out))
-    lse_1US = taken.take(lse[..., None])[..., 0]
-    dq_1USd = torch.zeros_like(q_1USd, dtype=computing_dtype(q))
-    dk_UMd, dv_UMd = (torch.zeros_like(x, dtype=dq_1USd.dtype) for x in (bundle.k_UMd, bundle.v_UMd))
+def _backward_of(
+    bundle: _Bundle, d_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, dk_buMd: Tensor, dv_buMd: Tensor
+) -> Tensor:
+    """Gradient [b, u, S, d] of the queries, wide; those of keys and values are added to what is given."""
+    d_buSd, q_buSd, out_buSd = (bundle.take(x) for x in (d_out, q, out))
+    lse_buS = bundle.take(lse[..., None])[..., 0]
+    dq_buSd = torch.zeros_like(q_buSd, dtype=computing_dtype(q))
     for part, span in bundle.parts():
         # Given what all parts have come to, it makes the gradients of one.
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_1USd[:, :, span],
-            q_1USd[:, :, span],
+            d_buSd[:, :, span],
+            q_buSd[:, :, span],
             *bundle.keys(part),
-            out_1USd[:, :, span],
-            lse_1US[:, :, span],
+            out_buSd[:, :, span],
+            lse_buS[:, :, span],
             0.0,
             False,
             attn_mask=bundle.mask(part, span),
             scale=bundle.scale,
         )
-        dq_1USd[:, :, span] += dq
-        dk_UMd[:, part.first_key : part.end_key] += dk[0]
-        dv_UMd[:, part.first_key : part.end_key] += dv[0]
-    return dq_1USd[0], dk_UMd, dv_UMd
+        dq_buSd[:, :, span] += dq
+        dk_buMd[:, :, part.first_key : part.end_key] += dk
+        dv_buMd[:, :, part.first_key : part.end_key] += dv
+    return dq_buSd
 
 
 # --------------------------------------------------------------------- heads in full, and all together
@@ -335,7 +251,7 @@ def _heads_in_full(selected_BNH: Tensor | None, visible: Visible, heads: int) ->
     everything = torch.arange(heads)
     if visible.num_queries < _FEWEST_QUERIES:
         return everything
-    if _whole_triangle(visible) is None:
+    if whole_triangle(visible) is None:
         # With a mask that hides more, what hardly any query sees is left out even where all heads are selected.
         return everything[:0]
     if selected_BNH is None:
@@ -357,7 +273,7 @@ def _in_full(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, visible: Visible, s
     if len(heads) < q.shape[2] or q.shape[2] > k.shape[2]:
         served_by = heads // (q.shape[2] // k.shape[2])
         q, k, v = q.index_select(2, heads), k.index_select(2, served_by), v.index_select(2, served_by)
-    plain = _whole_triangle(visible)
+    plain = whole_triangle(visible)
     mask = None
     if plain is None:
         seen_BHNM = visible.of(torch.arange(q.shape[1]))
@@ -370,6 +286,7 @@ def _selected_forward(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, visible: Visible, scale: float
 ) -> tuple[Tensor, Tensor]:
     """[B, N, H, d], and the logarithm of the sums [B, N, H], wide; of what is not selected, 0 and anything finite."""
+    q, k, v = (_in_rows(x) for x in (q, k, v))
     rows, n, heads, width = q.shape
     full = _heads_in_full(selected, visible, heads)
     if len(full):
@@ -395,6 +312,11 @@ def _selected_forward(
     return out, lse
 
 
+def _in_rows(x: Tensor) -> Tensor:
+    """The fused form reads channels that lie beside each other, whatever the strides say."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _taken_together(selected: Tensor | None, full: Tensor, q: Tensor) -> Tensor:
     """[B, N, H] without the heads that are computed in full."""
     selected = torch.ones(q.shape[:3], dtype=torch.bool) if selected is None else selected
@@ -412,13 +334,15 @@ def _selected_backward(
     visible: Visible,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; those of keys and values are summed wide."""
+    d_out, q, k, v = (_in_rows(x) for x in (d_out, q, k, v))
     rows, n, heads, width = q.shape
     full = _heads_in_full(selected, visible, heads)
-    if selected is not None:
-        d_out = d_out.masked_fill(~selected[..., None], 0)
     if len(full):
         whole = _in_full(q, k, v, full, visible, scale)
         d_full, out_full, lse_full = (x if len(full) == heads else x.index_select(2, full) for x in (d_out, out, lse))
+        if selected is not None:
+            d_full = d_full.masked_fill(~selected.index_select(2, full)[..., None], 0)
         dq_full, dk_full, dv_full = (
             x.transpose(1, 2)
             for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -434,12 +358,15 @@ def _selected_backward(
         if len(full) == heads == k.shape[2]:
             return dq_full.contiguous(), dk_full.contiguous(), dv_full.contiguous()
     dq_RD = q.new_zeros(rows * n * heads + 1, width)
-    dk_UMd, dv_UMd = (torch.zeros(rows * k.shape[2], k.shape[1], width, dtype=computing_dtype(q)) for _ in range(2))
+    dk, dv = (torch.zeros_like(x, dtype=computing_dtype(q), memory_format=torch.contiguous_format) for x in (k, v))
     for bundle in _bundles(q, k, v, _taken_together(selected, full, q), visible, scale):
-        dq_USd, dk_UMd[bundle.taken.units], dv_UMd[bundle.taken.units] = _backward_of(bundle, d_out, q, out, lse)
-        bundle.taken.put(dq_USd, dq_RD)
+        units, groups = bundle.taken.units, k.shape[2]
+        d_keys = [_of_units(x, units) for x in (dk, dv)]
+        bundle.taken.put(_backward_of(bundle, d_out, q, out, lse, *d_keys), dq_RD)
+        if len(units) < rows * groups:
+            for whole, d_some in zip((dk, dv), d_keys, strict=True):
+                whole.transpose(1, 2)[units // groups, units % groups] = d_some[0]
     dq = dq_RD[:-1].view(q.shape)
-    dk, dv = (x.unflatten(0, (rows, -1)).transpose(1, 2).contiguous() for x in (dk_UMd, dv_UMd))
     if len(full):
         dq.index_copy_(2, full, dq_full)
         served_by = full // (heads // k.shape[2])
