@@ -26,7 +26,7 @@ from kernels.precision import computing_dtype
 _FEWEST_QUERIES = 1024
 _LARGEST_SHARE = 0.85
 # Queries of a square on the diagonal, of one head of keys: fewer make slow products, more waste half a larger square.
-_QUERIES_OF_A_SQUARE = 192
+_QUERIES_OF_A_SQUARE = 128
 _LARGEST_SQUARE = 1024
 # Heads go together while none has less than this part of the queries of the largest: all are padded to that one.
 _EVEN = 0.75
