@@ -17,7 +17,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# Both register an operator that is kept.
+# All of them register an operator that is kept.
+import kernels.attention.selected
 import kernels.attention.sigmoid  # noqa: F401
 import parallel.context  # noqa: F401
 from model.observer import Observer
@@ -38,6 +39,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.headway.sigmoid_attention.default,
+    torch.ops.headway.selected_attention.default,
 } | _CROSSED
 
 
