@@ -11,7 +11,7 @@ from parallel.mesh import layout_faults, unbuilt_faults
 from tests.conformance.layouts import LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
 from tests.conformance.models import CASES, mixer_class
 from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
-from tests.conformance.test_layouts import IN_PRODUCTS, KINDS, OTHER_LAYOUTS, OTHERS, faults
+from tests.conformance.test_layouts import FOURS, KINDS, OTHER_LAYOUTS, OTHERS, PAIRS, faults
 
 Rows = list[tuple[str, ...]]
 FILE = "tests/conformance/test_layouts.py"
@@ -23,7 +23,7 @@ def tables() -> dict[str, Rows]:
         "layouts": _cells(
             LAYOUTS, KINDS, ["test_a_layout_equals_one_process", "test_a_layout_equals_one_process_in_fp32"]
         ),
-        "products": _cells(PRODUCTS, IN_PRODUCTS, ["test_a_product_equals_one_process"]),
+        "products": _cells(PRODUCTS, KINDS, ["test_a_product_equals_one_process"]),
         "other settings": _other_settings(),
         "crossings": _crossings(),
         "refusals": _refusals(),
@@ -105,8 +105,8 @@ def _refusals() -> Rows:
 def test_ids() -> set[str]:
     """Every test that the tables speak of, as pytest calls it."""
     ids = {f"{FILE}::test_a_layout_equals_one_process[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
-    ids |= {f"{FILE}::test_a_layout_equals_one_process_in_fp32[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
-    ids |= {f"{FILE}::test_a_product_equals_one_process[{kind}-{name}]" for kind in IN_PRODUCTS for name in PRODUCTS}
+    ids |= {f"{FILE}::test_a_layout_equals_one_process_in_fp32[{kinds}-{name}]" for kinds in PAIRS for name in LAYOUTS}
+    ids |= {f"{FILE}::test_a_product_equals_one_process[{kinds}-{name}]" for kinds in FOURS for name in PRODUCTS}
     ids |= {f"{FILE}::test_other_settings_of_a_mixer[{k}-{e}-{name}]" for k, e in OTHERS for name in OTHER_LAYOUTS}
     return ids
 

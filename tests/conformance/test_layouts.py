@@ -33,10 +33,23 @@ from tests.conformance.layouts import (
     plain_gradients,
     two_steps,
 )
-from tests.conformance.models import CASES
+from tests.conformance.models import CASES, mixer_class
 from tests.pool import Pool
 
 KINDS = list(dict.fromkeys(kind for kind, _ in CASES))
+
+
+def together(count: int) -> list[str]:
+    """Every mixer in one of some hybrids, `count` at a time, joined by +: a fault of one shows in the gradients of all.
+
+    Where nothing crosses a cut, rows have to be of one document to be cut: those are apart.
+    """
+    apart = [[kind for kind in KINDS if (mixer_class(kind).context == "none") == none] for none in (False, True)]
+    parts = [kinds[first : first + count] for kinds in apart for first in range(0, len(kinds), count)]
+    return ["+".join(part) for part in parts]
+
+
+PAIRS, FOURS = together(2), together(4)
 Alone = Callable[..., dict[str, Any]]
 
 
@@ -57,6 +70,8 @@ def faults(case: Case, name: str) -> list[str]:
 def compare(pool: Pool, alone: Alone, case: Case, name: str, precision: str, **options: Any) -> None:
     world_size, parallel = (LAYOUTS | PRODUCTS)[name]
     if why := faults(case, name):
+        kinds = case.kind.split("+")
+        assert all(faults(replace(case, kind=kind), name) for kind in kinds), f"{kinds}: only one of them is refused"
         # What cannot be is refused, and only because heads, widths or blocks cannot be cut so.
         known = ("largest tp that fits this model is", "so a cut falls into a block")
         assert all(any(words in sentence for words in known) for sentence in why), why
@@ -100,20 +115,16 @@ def test_one_process_trains_on_the_mean_over_counted_tokens(pool: Pool, alone: A
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kind: str, name: str) -> None:
-    compare(pool, alone, Case.of(kind, name, "fp32"), name, "fp32")
-
-
-IN_PRODUCTS = [kind for kind in KINDS if kind != "sigmoid"]
-"""Sigmoid attention is cut as softmax attention is, of which it has all but what a query does with keys."""
+@pytest.mark.parametrize("kinds", PAIRS)
+def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
+    compare(pool, alone, Case.of(kinds, name, "fp32"), name, "fp32")
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", PRODUCTS)
-@pytest.mark.parametrize("kind", IN_PRODUCTS)
-def test_a_product_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
-    compare(pool, alone, Case.of(kind, name, "fp64"), name, "fp64")
+@pytest.mark.parametrize("kinds", FOURS)
+def test_a_product_equals_one_process(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
+    compare(pool, alone, Case.of(kinds, name, "fp64"), name, "fp64")
 
 
 OTHERS = [(kind, example) for kind, example in CASES if example > 0]
