@@ -28,7 +28,9 @@ from tests.conformance.layouts import (
     build,
     compiled_steps,
     depth,
+    share_of,
     two_steps,
+    updater_of,
 )
 from tests.conformance.models import random_batch
 from tests.pool import Pool
@@ -57,10 +59,10 @@ class _Scores(Observer):
         return found.scores_BNU
 
 
-def eager_step(case: Case) -> dict[str, Any]:
+def eager_step(case: Case, step: int = 1) -> dict[str, Any]:
     """beta times the mean over layers of U sum_i P_i f_i, in loops over sequences, beside the cross-entropy."""
     model = build(replace(case, mixer=case.mixer | {"balance_weight": 0.0}), ParallelConfig(), "fp64").stages[0]
-    batch = random_batch(ROWS, LENGTH, seed=1, isolated=case.isolated)
+    batch = random_batch(ROWS, LENGTH, seed=step, isolated=case.isolated)
     model.observer = looking = _Scores()
     logits = model(batch.tokens, documents=batch.documents, positions=batch.positions)
     loss = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted])
@@ -93,6 +95,20 @@ def test_training_is_on_the_equation(name: str, pool: Pool, alone: Alone) -> Non
     assert found["norms"][0] == pytest.approx(norm, rel=1e-11)
     for parameter, gradient in wanted["gradients"].items():
         torch.testing.assert_close(found["gradients"][parameter], gradient * (CLIP / norm), rtol=1e-8, atol=1e-12)
+
+
+def values(case: Case) -> list[float]:
+    """The weighted balance in two steps that change nothing."""
+    model = build(case, ParallelConfig(microbatches=2), "fp64")
+    updater = updater_of(model, case)
+    return [updater.update(share_of(model, step), step, lr=0.0).auxiliary["head_balance_loss"] for step in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["sequence", "global batch"])
+def test_each_step_counts_what_its_own_batch_chooses(name: str, pool: Pool) -> None:
+    wanted = [pool.run(eager_step, 1, CASES[name], step)[0]["auxiliary"] for step in (1, 2)]
+    assert pool.run(values, 1, CASES[name])[0] == pytest.approx(wanted, rel=1e-12)
+    assert wanted[0] != pytest.approx(wanted[1], rel=1e-4)
 
 
 QUICK = {

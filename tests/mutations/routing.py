@@ -71,7 +71,7 @@ FAULTS = [
         "routing: choices counted once and for all",
         "parallel/spread.py",
         [("not self._balance.counts_first:", "not self._balance.counts_first or self._balance._shares:")],
-        cells("global batch-accumulate 4"),
+        ["tests/conformance/test_balance.py::test_each_step_counts_what_its_own_batch_chooses"],
     ),
     Fault(
         "routing: a mean over the sequences of one rank",
