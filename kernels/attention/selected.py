@@ -196,8 +196,9 @@ def _bundles(
 def _of_units(x_BMGd: Tensor, units: Tensor) -> Tensor:
     """[b, u, M, d] of these heads of keys: without a copy if they are all."""
     rows, _, groups, _ = x_BMGd.shape
-    x_BGMd = x_BMGd.transpose(1, 2)
-    return x_BGMd if len(units) == rows * groups else x_BGMd[units // groups, units % groups][None]
+    if len(units) == rows * groups:
+        return x_BMGd.transpose(1, 2)
+    return torch.stack([x_BMGd[unit // groups, :, unit % groups] for unit in units.tolist()])[None]
 
 
 def _forward_of(bundle: _Bundle, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,16 +271,22 @@ class _InFull:
 
 
 def _in_full(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, visible: Visible, scale: float) -> _InFull:
-    if len(heads) < q.shape[2] or q.shape[2] > k.shape[2]:
-        served_by = heads // (q.shape[2] // k.shape[2])
-        q, k, v = q.index_select(2, heads), k.index_select(2, served_by), v.index_select(2, served_by)
+    served_by = heads // (q.shape[2] // k.shape[2])
+    q, k, v = _heads_of(q, heads), _heads_of(k, served_by), _heads_of(v, served_by)
     plain = whole_triangle(visible)
     mask = None
     if plain is None:
-        seen_BHNM = visible.of(torch.arange(q.shape[1]))
+        seen_BHNM = visible.of(torch.arange(visible.num_queries))
         mask = torch.zeros(seen_BHNM.shape, dtype=q.dtype).masked_fill_(~seen_BHNM, -math.inf)
     settings = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": bool(plain), "scale": scale}
-    return _InFull(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), settings)
+    return _InFull(q, k, v, settings)
+
+
+def _heads_of(x_BNHd: Tensor, heads: Tensor) -> Tensor:
+    """[B, H, N, d] of these heads, in order: without a copy if they are all, each once."""
+    if len(heads) == x_BNHd.shape[2] and bool((heads.diff() > 0).all()):
+        return x_BNHd.transpose(1, 2)
+    return torch.stack([x_BNHd[:, :, head] for head in heads.tolist()], 1)
 
 
 def _selected_forward(
@@ -365,7 +372,8 @@ def _selected_backward(
         bundle.taken.put(_backward_of(bundle, d_out, q, out, lse, *d_keys), dq_RD)
         if len(units) < rows * groups:
             for whole, d_some in zip((dk, dv), d_keys, strict=True):
-                whole.transpose(1, 2)[units // groups, units % groups] = d_some[0]
+                for unit, d_unit in zip(units.tolist(), d_some[0], strict=True):
+                    whole[unit // groups, :, unit % groups] = d_unit
     dq = dq_RD[:-1].view(q.shape)
     if len(full):
         dq.index_copy_(2, full, dq_full)
