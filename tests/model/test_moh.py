@@ -259,6 +259,13 @@ def test_norms_are_squares_summed_in_fp32() -> None:
     assert torch.equal(looking.routings[0].chosen_BNU, choose(norms, 2))
 
 
+def test_operations_are_those_of_the_heads_that_run() -> None:
+    """Of six heads of four channels four run: scores and sums over n / 2 keys. All else is done for all heads."""
+    mixer = alone(num_kv_heads=3)
+    maps = 2 * WIDTH * (24 + 12 + 12 + 24) + 2 * WIDTH * (4 + 2 + 2)
+    assert mixer.flops(100) == maps + 4 * 50 * 4 * 4
+
+
 # ------------------------------------------------------------------------------------------ the order of heads
 
 

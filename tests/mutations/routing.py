@@ -186,7 +186,7 @@ FAULTS = [
         "routing: unchosen heads counted as operations",
         MOH,
         [("return (self.config.shared_heads + self.config.active_heads) / self.config.num_heads", "return 1.0")],
-        [f"{SUITE}::test_declared_flops_are_those_of_the_reference"],
+        [UNIT],
     ),
     Fault(
         "routing: the order of heads not undone in exports",
