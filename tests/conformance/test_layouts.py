@@ -265,5 +265,8 @@ def test_compiled_blocks_the_second_time_too(pool: Pool, alone: Alone, tmp_path:
             assert all(result["hits"] > 0 for result in found), "the cache was cold"
 
 
-def test_angles_stay_fp32_under_bf16(pool: Pool) -> None:
+def test_angles_and_routers_stay_fp32_under_bf16(pool: Pool) -> None:
     assert pool.run(kept_wide, 2, "lightning")[0] == {"layers.0.mixer.lrpe.theta"}
+    routers = ("route", "weigh_shared", "weigh_stages")
+    wanted = {f"layers.{layer}.mixer.{router}.weight" for layer in (0, 1) for router in routers}
+    assert pool.run(kept_wide, 2, "moh")[0] == wanted
