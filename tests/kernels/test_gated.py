@@ -149,6 +149,8 @@ def test_short_sequences_are_computed_in_full() -> None:
     for visible in (Visible(45, 45), Visible(45, 45, window=9), Visible(45, 45, **packed(45))):
         assert selected._heads_in_full(None, visible, 4).tolist() == [0, 1, 2, 3]
         assert_forms_agree([*inputs(groups=2), some_gate(2, 45, 2)], choice(45, 2), visible)
+        # Without a gate nothing else makes what was not selected zero.
+        assert_forms_agree(inputs(groups=2), choice(45, 2), visible)
     assert_forms_agree([*inputs(1, 60), some_gate(2, 1, 2)], choice(1, 2), Visible(1, 60, 59))
 
 
