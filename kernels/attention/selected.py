@@ -170,11 +170,18 @@ class _Bundle:
         """[b, u, S, M], to be added to scores: by the queries' places, not by how many come before them."""
         if not part.masked:
             return None
-        queries_R = torch.arange(part.first, part.end)
-        seen_RM = self.sight.visible.of(queries_R, (part.first_key, part.end_key))[0, 0]
-        added_RM = torch.zeros(seen_RM.shape, dtype=self.k_buMd.dtype).masked_fill_(~seen_RM, _HIDDEN)
+        visible = self.sight.visible
         places_US = self.places_US[:, span].clamp(part.first, part.end - 1) - part.first
-        return added_RM.index_select(0, places_US.flatten()).view(*self.k_buMd.shape[:2], places_US.shape[1], -1)
+        if whole_triangle(visible):
+            # Below 0 by how far a key is behind the query: cheaper than comparing.
+            keys_M = torch.arange(part.first_key - part.first, part.end_key - part.first, dtype=torch.float32)
+            added_USM = torch.clamp(places_US.float()[..., None] - keys_M, max=0).mul_(-_HIDDEN).to(self.k_buMd.dtype)
+        else:
+            queries_R = torch.arange(part.first, part.end)
+            hidden_RM = ~visible.of(queries_R, (part.first_key, part.end_key))[0, 0]
+            added_RM = torch.zeros(hidden_RM.shape, dtype=self.k_buMd.dtype).masked_fill_(hidden_RM, _HIDDEN)
+            added_USM = added_RM.index_select(0, places_US.flatten())
+        return added_USM.view(*self.k_buMd.shape[:2], places_US.shape[1], -1)
 
 
 def _bundles(

@@ -19,7 +19,7 @@ from model.mixers.attention import Attention, AttentionConfig, visible
 from model.routing import Balance, BalanceOver, Router, Routing, choose
 
 NORM_EPS = 1e-6
-"""Added to the spread of queries' norms, which is 0 where all are alike."""
+"""Added to what norms of queries are divided by, which may be 0."""
 
 
 @dataclass
@@ -188,8 +188,8 @@ class MoH(Attention):
                        g_i = w_2 K softmax(W_r x over m)_i       routed, in m;  w = 2 softmax(W_h x)
         "paper"        g_i = a_1 softmax(W_s x)_i  and  a_2 softmax(W_r x)_i,   a = softmax(W_h x)
 
-    With router "norm" the scores are norms of queries, before their norm and rotation, over their spread, gates are 1,
-    and their gradients go on to the softmax of the scores, straight through (eq. 9, 10).
+    With router "norm" the scores are norms of queries, before their norm and rotation, over their spread (of two, over
+    their mean), gates are 1, and their gradients go on to the softmax of the scores, straight through (eq. 9, 10).
     """
 
     Config = MoHConfig
@@ -313,15 +313,17 @@ class MoH(Attention):
         return self._by_head(*self._learned_gates(x, scores_BNU, chosen_BNU)), active_BNH
 
     def _norm_scores(self, q_BNHd: Tensor, ctx: Context) -> Tensor:
-        """Norms of routed units over their spread, `[B, N, U]`, fp32 or wider."""
+        """Norms of routed units over their spread, as in the released code, `[B, N, U]`, fp32 or wider."""
         wide = torch.promote_types(q_BNHd.dtype, torch.float32)
         squares_BNH = ctx.heads.gather(q_BNHd.to(wide).square().sum(-1))[..., self.places]
         norms_BNU = (
             squares_BNH[..., self.config.shared_heads :].unflatten(-1, (-1, self.config.unit_size)).sum(-1).sqrt()
         )
-        # As in the released code; one alone has no spread.
-        spread_BN1 = norms_BNU.std(-1, correction=min(1, norms_BNU.shape[-1] - 1), keepdim=True)
-        return norms_BNU / (spread_BN1 + NORM_EPS)
+        # One has no spread, and that of two is their distance: over it they would always be as far apart, and where they
+        # are nearly alike no gradient could be trusted.
+        many = norms_BNU.shape[-1] > 2
+        unit_BN1 = norms_BNU.std(-1, keepdim=True) if many else norms_BNU.mean(-1, keepdim=True)
+        return norms_BNU / (unit_BN1 + NORM_EPS)
 
     def _learned_gates(self, x: Tensor, scores_BNU: Tensor, chosen_BNU: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of shared heads `[B, N, S]` (or one for all), and of routed units `[B, N, U]`, 0 where not chosen."""

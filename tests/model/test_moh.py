@@ -216,6 +216,22 @@ def test_scores_of_one_head_and_of_equal_ones_are_numbers() -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("routed", [2, 3, 6])
+def test_scores_are_norms_over_their_spread(routed: int) -> None:
+    """Two norms have no spread to speak of, only a distance; gradients are moderate, near ties too."""
+    mixer = alone(router="norm", num_heads=routed + 2, active_heads=1, head_dim=4)
+    x, ctx = inputs(n=400)
+    looking = Looking()
+    run(mixer, x.requires_grad_(), ctx, looking)
+    scores = looking.routings[0].scores_BNU
+    norms = mixer.q(x).unflatten(-1, (routed + 2, 4))[..., mixer.places, :].norm(dim=-1)[..., 2:]
+    unit = norms.mean(-1, keepdim=True) if routed == 2 else norms.std(-1, keepdim=True)
+    torch.testing.assert_close(scores, norms / unit, rtol=1e-4, atol=0)
+    if routed == 2:
+        (gradient,) = torch.autograd.grad(scores.softmax(-1)[..., 0].sum(), x)
+        assert gradient.abs().max() < 5
+
+
 @pytest.mark.parametrize("router", ["norm", "learned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prefill_and_steps_choose_alike(router: str, dtype: torch.dtype) -> None:

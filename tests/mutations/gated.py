@@ -21,6 +21,10 @@ FAULTS = [
             ", (part.first_key, part.end_key))[0, 0]",
             ", (part.first_key, max(part.end_key - 1, part.first_key + 1)))[0, 0]",
         ),
+        (
+            "part.end_key - part.first, dtype",
+            "max(part.end_key - 1, part.first_key + 1) - part.first, dtype",
+        ),
         ("part.first_key : part.end_key]", "part.first_key : max(part.end_key - 1, part.first_key + 1)]"),
     ),
     gated(

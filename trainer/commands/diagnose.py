@@ -79,7 +79,9 @@ def _layer_table(found: Any) -> Any:
     from rich.table import Table
 
     head = ("layer", "entropy, nats", "lowest head", "normalised", "sinks", "largest logit", "first token gets")
-    table = Table(*head, "largest residual", "first / median norm")
+    loads = [row if row and row[0] == row[0] else None for row in found.rows("load")]
+    chosen = ["least load"] if any(loads) else []
+    table = Table(*head, *chosen, "largest residual", "first / median norm")
     for column in table.columns:
         column.justify = "right"
     means = {name: [_mean(row) for row in found.rows(name)] for name in ("entropy", "entropy_norm", "first_weight")}
@@ -89,7 +91,11 @@ def _layer_table(found: Any) -> Any:
         sinks = found.sink_rates[layer].item() if heads else None
         shown = (means["entropy"][layer], lowest[layer], means["entropy_norm"][layer])
         cells = [_cell(value) for value in shown] + [_cell(sinks, ".1%"), _cell(largest[layer], ".1f")]
-        cells += [_cell(means["first_weight"][layer], ".1%"), _cell(found.residual_max[layer].item(), ".4g")]
+        cells.append(_cell(means["first_weight"][layer], ".1%"))
+        if chosen:
+            row = loads[layer]
+            cells.append(_cell(None if row is None else min(row), ".1%"))
+        cells.append(_cell(found.residual_max[layer].item(), ".4g"))
         table.add_row(str(layer), *cells, _cell(found.first_norm_ratio[layer].item(), ".2f"))
     return table
 
