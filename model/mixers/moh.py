@@ -319,8 +319,8 @@ class MoH(Attention):
         norms_BNU = (
             squares_BNH[..., self.config.shared_heads :].unflatten(-1, (-1, self.config.unit_size)).sum(-1).sqrt()
         )
-        # One has no spread, and that of two is their distance: over it they would always be as far apart, and where they
-        # are nearly alike no gradient could be trusted.
+        # One has no spread, and that of two is their distance: over it they would always be as far apart, and no
+        # gradient could be trusted where they are nearly alike.
         many = norms_BNU.shape[-1] > 2
         unit_BN1 = norms_BNU.std(-1, keepdim=True) if many else norms_BNU.mean(-1, keepdim=True)
         return norms_BNU / (unit_BN1 + NORM_EPS)
