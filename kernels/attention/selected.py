@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from kernels.attention.parts import SeenPart, Sight, sights, whole_triangle
 from kernels.attention.visible import Visible
 from kernels.precision import computing_dtype
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # By measurement on two cores of a CPU (benchmarks/gated_attention.py). Shorter sequences are computed in full and what
 # was not asked for is set to zero, and so are heads that more of the tokens ask for: copies and the squares on the
@@ -172,16 +176,26 @@ class _Bundle:
             return None
         visible = self.sight.visible
         places_US = self.places_US[:, span].clamp(part.first, part.end - 1) - part.first
+        dtype = self.k_buMd.dtype
         if whole_triangle(visible):
-            # Below 0 by how far a key is behind the query: cheaper than comparing.
-            keys_M = torch.arange(part.first_key - part.first, part.end_key - part.first, dtype=torch.float32)
-            added_USM = torch.clamp(places_US.float()[..., None] - keys_M, max=0).mul_(-_HIDDEN).to(self.k_buMd.dtype)
+            # Squares on the diagonal are alike, wherever they stand.
+            first, end = part.first_key - part.first, part.end_key - part.first
+            added_RM = _added_ahead(part.end - part.first, first, end, dtype)
         else:
             queries_R = torch.arange(part.first, part.end)
-            hidden_RM = ~visible.of(queries_R, (part.first_key, part.end_key))[0, 0]
-            added_RM = torch.zeros(hidden_RM.shape, dtype=self.k_buMd.dtype).masked_fill_(hidden_RM, _HIDDEN)
-            added_USM = added_RM.index_select(0, places_US.flatten())
+            added_RM = _added(~visible.of(queries_R, (part.first_key, part.end_key))[0, 0], dtype)
+        added_USM = added_RM.index_select(0, places_US.flatten())
         return added_USM.view(*self.k_buMd.shape[:2], places_US.shape[1], -1)
+
+
+def _added(hidden_RM: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden_RM.shape, dtype=dtype).masked_fill_(hidden_RM, _HIDDEN)
+
+
+@lru_cache(maxsize=16)
+def _added_ahead(rows: int, first_key: int, end_key: int, dtype: torch.dtype) -> Tensor:
+    """[R, M], to be added to scores of queries 0, 1, ... that see the keys up to their own."""
+    return _added(torch.arange(first_key, end_key) > torch.arange(rows)[:, None], dtype)
 
 
 def _bundles(
@@ -214,7 +228,7 @@ def _forward_of(bundle: _Bundle, q: Tensor) -> tuple[Tensor, Tensor]:
     out_buSd = torch.zeros_like(q_buSd, dtype=computing_dtype(q))
     lse_buS = out_buSd.new_full(q_buSd.shape[:3], _HIDDEN)
     for part, span in bundle.parts():
-        part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        part_out, part_lse = _FUSED(
             q_buSd[:, :, span], *bundle.keys(part), 0.0, False, attn_mask=bundle.mask(part, span), scale=bundle.scale
         )
         # Both are divided by their own sums, so the share of each is that of its sum in both together.
@@ -234,7 +248,7 @@ def _backward_of(
     dq_buSd = torch.zeros_like(q_buSd, dtype=computing_dtype(q))
     for part, span in bundle.parts():
         # Given what all parts have come to, it makes the gradients of one.
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = _FUSED_BACKWARD(
             d_buSd[:, :, span],
             q_buSd[:, :, span],
             *bundle.keys(part),
@@ -245,9 +259,9 @@ def _backward_of(
             attn_mask=bundle.mask(part, span),
             scale=bundle.scale,
         )
-        dq_buSd[:, :, span] += dq
-        dk_buMd[:, :, part.first_key : part.end_key] += dk
-        dv_buMd[:, :, part.first_key : part.end_key] += dv
+        keys = slice(part.first_key, part.end_key)
+        for whole, d_part in ((dq_buSd[:, :, span], dq), (dk_buMd[:, :, keys], dk), (dv_buMd[:, :, keys], dv)):
+            whole.add_(d_part)
     return dq_buSd
 
 
@@ -305,9 +319,7 @@ def _selected_forward(
     full = _heads_in_full(selected, visible, heads)
     if len(full):
         whole = _in_full(q, k, v, full, visible, scale)
-        out_BHNd, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            whole.q_BHNd, whole.k_BHMd, whole.v_BHMd, **whole.settings
-        )
+        out_BHNd, lse_BHN = _FUSED(whole.q_BHNd, whole.k_BHMd, whole.v_BHMd, **whole.settings)
         out_full, lse_full = out_BHNd.transpose(1, 2), lse_BHN.transpose(1, 2).contiguous()
         if selected is not None:
             out_full = out_full.masked_fill(~selected.index_select(2, full)[..., None], 0)
@@ -359,7 +371,7 @@ def _selected_backward(
             d_full = d_full.masked_fill(~selected.index_select(2, full)[..., None], 0)
         dq_full, dk_full, dv_full = (
             x.transpose(1, 2)
-            for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            for x in _FUSED_BACKWARD(
                 d_full.transpose(1, 2),
                 whole.q_BHNd,
                 whole.k_BHMd,

@@ -22,8 +22,8 @@ FAULTS = [
             ", (part.first_key, max(part.end_key - 1, part.first_key + 1)))[0, 0]",
         ),
         (
-            "part.end_key - part.first, dtype",
-            "max(part.end_key - 1, part.first_key + 1) - part.first, dtype",
+            "part.first_key - part.first, part.end_key - part.first\n",
+            "part.first_key - part.first, max(part.end_key - 1, part.first_key + 1) - part.first\n",
         ),
         ("part.first_key : part.end_key]", "part.first_key : max(part.end_key - 1, part.first_key + 1)]"),
     ),
