@@ -25,7 +25,6 @@ FAULTS = [
             "part.first_key - part.first, part.end_key - part.first\n",
             "part.first_key - part.first, max(part.end_key - 1, part.first_key + 1) - part.first\n",
         ),
-        ("part.first_key : part.end_key]", "part.first_key : max(part.end_key - 1, part.first_key + 1)]"),
     ),
     gated(
         "masked by how many queries come before, not by places",
@@ -76,9 +75,9 @@ FAULTS = [
         ("torch.sigmoid(part_lse - before)", "torch.where(before < _HIDDEN / 2, 1.0, 0.5)"),
     ),
     gated(
-        "keys have the gradient of their last part only",
+        "queries and keys have the gradient of their last part only",
         SELECTED,
-        ("part.end_key] += dk", "part.end_key] = dk"),
+        ("            whole.add_(d_part)\n", "            whole.copy_(d_part)\n"),
     ),
     gated(
         "keys of a group have the gradient of its last head in full only",
