@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,9 +29,9 @@ class MoHConfig(AttentionConfig):
     Heads are numbered so that the first shared_heads are shared; a group of query heads has one key and value head.
     """
 
-    shared_heads: int = 0
+    shared_heads: int = field(kw_only=True)
     """The first so many query heads run for every token."""
-    active_heads: int = 1
+    active_heads: int = field(kw_only=True)
     """So many of the others, the routed ones, run for each token."""
     router: Literal["learned", "norm"] = "learned"
     """What scores routed heads: a linear map of the input, or the norm of a head's query, without weights."""
@@ -145,6 +145,13 @@ class MoHConfig(AttentionConfig):
                 'straight_through = "all" is for router = "norm": the gates of router = "learned" have gradients of '
                 'their own; take "selected".'
             )
+        alone = self._counts_fit and self.active_heads == self.unit_size and self.num_units > 1
+        if self.router == "learned" and self.gate_scaling == "unit_mean" and alone:
+            faults.append(
+                f"active_heads = {self.active_heads} is one choice for each token, and a gate over one is always 1: a "
+                f'learned router would not learn from the loss. Take {2 * self.unit_size}, gate_scaling = "paper", or '
+                'router = "norm".'
+            )
         if self.balance_over == "micro_batch":
             faults.append(
                 'balance_over = "micro_batch" would make the loss depend on parallel.microbatches and on the layout: '
@@ -194,7 +201,7 @@ class MoH(Attention):
 
     Config = MoHConfig
     examples = [
-        {"num_heads": 4, "shared_heads": 2, "active_heads": 1},
+        {"num_heads": 8, "head_dim": 4, "shared_heads": 2, "active_heads": 2},
         {
             "num_heads": 4,
             "num_kv_heads": 2,
@@ -209,7 +216,7 @@ class MoH(Attention):
             "head_dim": 4,
             "num_kv_heads": 4,
             "shared_heads": 2,
-            "active_heads": 2,
+            "active_heads": 4,
             "route_unit": "kv_group",
             "balance_over": "global_batch",
         },
@@ -316,9 +323,9 @@ class MoH(Attention):
         """Norms of routed units over their spread, as in the released code, `[B, N, U]`, fp32 or wider."""
         wide = torch.promote_types(q_BNHd.dtype, torch.float32)
         squares_BNH = ctx.heads.gather(q_BNHd.to(wide).square().sum(-1))[..., self.places]
-        norms_BNU = (
-            squares_BNH[..., self.config.shared_heads :].unflatten(-1, (-1, self.config.unit_size)).sum(-1).sqrt()
-        )
+        squares_BNU = squares_BNH[..., self.config.shared_heads :].unflatten(-1, (-1, self.config.unit_size)).sum(-1)
+        # The root has no derivative at 0.
+        norms_BNU = squares_BNU.clamp(min=torch.finfo(wide).tiny).sqrt()
         # One has no spread, and that of two is their distance: over it they would always be as far apart, and no
         # gradient could be trusted where they are nearly alike.
         many = norms_BNU.shape[-1] > 2

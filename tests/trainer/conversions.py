@@ -96,7 +96,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "headway",
         decoder(
             {
-                "moh": {"num_heads": 4, "shared_heads": 2, "active_heads": 1},
+                "moh": {"num_heads": 8, "shared_heads": 2, "active_heads": 2},
                 "norm": {"kind": "moh", "num_heads": 4, "shared_heads": 2, "active_heads": 1, "router": "norm"},
             },
             SWIGLU,

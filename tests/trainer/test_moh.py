@@ -111,7 +111,7 @@ def test_it_trains_under_tp_and_goes_out_again(pool: Pool, data: str, dense: Pat
 
 @pytest.mark.parametrize("over", ["sequence", pytest.param("global_batch", marks=pytest.mark.matrix)])
 def test_it_resumes_bit_for_bit(over: str, pool: Pool, data: str, tmp_path: Path) -> None:
-    mixers = {"softmax": {"kind": "moh", "shared_heads": 1, "num_heads": 4, "balance_over": over}}
+    mixers = {"softmax": {"kind": "moh", "num_heads": 4, "shared_heads": 1, "active_heads": 2, "balance_over": over}}
     (tmp_path / "stopped").mkdir()
     twin = write_config(tmp_path, data, mixers=mixers, parallel={"tp": 2})
     stopped = write_config(tmp_path / "stopped", data, mixers=mixers, parallel={"tp": 2})
@@ -140,7 +140,7 @@ def test_a_dense_run_is_where_training_may_begin(
 
 
 def test_heads_are_not_reordered_on_resume(pool: Pool, data: str, tmp_path: Path) -> None:
-    mixers = {"softmax": {"kind": "moh", "num_heads": 4, "shared_heads": 2}}
+    mixers = {"softmax": {"kind": "moh", "num_heads": 4, "shared_heads": 2, "active_heads": 1, "router": "norm"}}
     config = write_config(tmp_path, data, mixers=mixers)
     ((code, said),) = pool.run(train, 1, config, "--run.stop_at_step", "2")
     assert code == 0, said
@@ -152,19 +152,19 @@ def test_heads_are_not_reordered_on_resume(pool: Pool, data: str, tmp_path: Path
 def test_a_head_that_nobody_chooses_is_named(
     pool: Pool, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixers = {"softmax": {"kind": "moh", "num_heads": 4, "shared_heads": 1, "router_init_std": 0.0}}
+    mixers = {"softmax": {"kind": "moh", "num_heads": 4, "shared_heads": 1, "active_heads": 2, "router_init_std": 0.0}}
     model = {"d_model": 16, "num_layers": 2, "vocab_size": VOCAB, "pattern": ["softmax"]}
     settings: dict[str, Any] = {"mixers": mixers, "model": model, "metrics": {"diagnose_every_steps": 1}}
     config = write_config(tmp_path, data, **settings, schedule={"steps": 1, "warmup_steps": 0}, optimizer={"lr": 0.0})
     ((code, said),) = pool.run(train, 1, config)
     assert code == 0, said
     (record,) = read_metrics(tmp_path / "run")
-    assert record["diagnostics"]["load"] == [[1, 1, 0, 0]] * 2 and record["head_load_min"] == 0
+    assert record["diagnostics"]["load"] == [[1, 1, 1, 0]] * 2 and record["head_load_min"] == 0
     assert unchosen_heads(record).startswith(
-        "no token that was looked at chose heads 2, 3 of layer 0; 2, 3 of layer 1: raise balance_weight"
+        "no token that was looked at chose heads 3 of layer 0; 3 of layer 1: raise balance_weight"
     )
     done("diagnose", str(tmp_path / "run"), "--rows", "2")
-    assert "chose heads 2, 3 of layer 0" in " ".join(capsys.readouterr().out.split())
+    assert "chose heads 3 of layer 0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_text_is_generated_with_a_cache(dense: Path, tmp_path: Path) -> None:
