@@ -40,7 +40,8 @@ quickstart:
 	@$(BIN)/python -m launch.quickstart
 
 test: install-tests
-	$(BIN)/python -m pytest -m "not matrix"
+	# The documents are read in `make check`.
+	$(BIN)/python -m pytest -m "not matrix" --ignore tests/test_documents.py
 
 test-matrix: install-tests
 	$(BIN)/python -m pytest -m matrix

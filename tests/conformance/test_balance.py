@@ -112,9 +112,14 @@ def test_each_step_counts_what_its_own_batch_chooses(name: str, pool: Pool) -> N
 
 
 QUICK = {
-    "sequence": ("tp2", "cp2", "pp2 zbv", "hsdp2x2", "recompute"),
-    "global batch": ("accumulate 4", "tp2 x pp2 x fsdp2", "cp2 x fsdp2"),
-    "norm": ("tp2 x cp2", "tp2, sequence whole"),
+    "sequence": ("tp2", "pp2 zbv", "hsdp2x2", "recompute"),
+    "global batch": ("accumulate 4", "tp2 x pp2 x fsdp2"),
+    "norm": ("tp2 x cp2",),
+}
+SLOW = {
+    "sequence": ("cp2",),
+    "global batch": ("cp2 x fsdp2",),
+    "norm": ("tp2, sequence whole",),
     "groups": ("tp2 x fsdp2",),
     "hybrid": ("pp2 x fsdp2",),
 }
@@ -125,6 +130,7 @@ MORE = ("fsdp4", "pp4 interleaved", "cp4", "tp2 x cp2 x pp2", "pp2, recompute", 
     ("name", "layout"),
     [
         *((name, layout) for name, layouts in QUICK.items() for layout in layouts),
+        *(pytest.param(name, layout, marks=MATRIX) for name, layouts in SLOW.items() for layout in layouts),
         *(pytest.param(name, layout, marks=MATRIX) for name in ("global batch", "norm") for layout in MORE),
     ],
 )

@@ -51,6 +51,7 @@ def together(count: int) -> list[str]:
 
 PAIRS, FOURS = together(2), together(4)
 Alone = Callable[..., dict[str, Any]]
+MATRIX = pytest.mark.matrix
 
 
 def faults(case: Case, name: str) -> list[str]:
@@ -85,7 +86,7 @@ COVERING = ("tp4", "pp2 zbv", "tp2 x pp2", "tp2 x fsdp2", "cp4", "tp2 x cp2")
 COVERED = ("cp2", "pp2 x cp2", "cp2 x fsdp2", "cp2 x pp2 x fsdp2")
 FIRST = {
     "lightning": [name for name in LAYOUTS if name not in COVERED],
-    "softmax": ["fsdp4", "hsdp2x2", "pp4 interleaved", "tp2 x pp2 x fsdp2", *COVERING],
+    "softmax": ["tp2 x pp2 x fsdp2", *COVERING],
 }
 CELLS = [
     pytest.param(kind, name, marks=[] if name in FIRST.get(kind, COVERING[2:4] + COVERING[5:]) else pytest.mark.matrix)
@@ -216,7 +217,7 @@ def test_other_models(pool: Pool, alone: Alone, model: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["embedding.*", "layers.[01].*", "layers.3.*"])
-@pytest.mark.parametrize("name", ["pp2", "tp2 x fsdp2", "pp2 zbv x fsdp2"])
+@pytest.mark.parametrize("name", ["pp2", *(pytest.param(x, marks=MATRIX) for x in ("tp2 x fsdp2", "pp2 zbv x fsdp2"))])
 def test_frozen_parameters(pool: Pool, alone: Alone, frozen: str, name: str) -> None:
     """A stage of which everything is frozen still hands gradients on; a tied embedding is frozen in both places."""
     patterns = (frozen, "embedding.*", "positions.*") if frozen.startswith("layers") else (frozen,)

@@ -150,7 +150,9 @@ def test_recomputation_changes_nothing(kind: str, example: int, kind_of_recomput
     assert_same_gradients(plain, again, exact=True)
 
 
-@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "recomputed", ["none", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in ("selective", "full"))]
+)
 @pytest.mark.parametrize("kind", dict.fromkeys(kind for kind, _ in CASES))
 def test_compiled_blocks_compute_the_same(kind: str, recomputed: str) -> None:
     torch._dynamo.reset()

@@ -123,7 +123,7 @@ def test_it_resumes_bit_for_bit(over: str, pool: Pool, data: str, tmp_path: Path
     assert all(record["head_balance_loss"] > 0 for record in read_metrics(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_a_dense_run_is_where_training_may_begin(
     world_size: int, pool: Pool, data: str, dense: Path, tmp_path: Path
 ) -> None:
