@@ -16,6 +16,10 @@ Sharding = Literal["column", "row", "heads", "replicate", "experts"]
 """How a parameter is cut by tensor parallelism: its rows, its columns, its leading (global) head index, not at all,
 or one expert a slice."""
 
+CUT_DIMENSION = {"column": 0, "heads": 0, "row": 1, "replicate": None}
+"""Along which dimension that is. A linear map's weight is [outputs, inputs]: its outputs, the columns of the map, are
+its rows in memory."""
+
 Crossing = Literal["state", "kv", "heads", "none"]
 """What crosses a cut of the sequence: a recurrent state, keys and values, an exchange of heads, or nothing."""
 

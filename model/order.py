@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import Architecture, expand_pattern
-
-CUT = {"column": 0, "heads": 0, "row": 1}
-"""The dimension along which heads lie in a parameter, by the word in its mixer's sharding table."""
+from model.layer import CUT_DIMENSION
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def change_of(architecture: Architecture, name: str, theirs: list[list[int] | No
         return None
     layer = int(part[1])
     mixer, settings = architecture.mixers[architecture.mixer_names[layer]]
-    ours, dimension = getattr(settings, "group_order", None), CUT.get(mixer.sharding.get(part[3], "replicate"))
+    ours, dimension = getattr(settings, "group_order", None), CUT_DIMENSION.get(mixer.sharding[part[3]])
     if dimension is None or (ours is None and theirs[layer] is None):
         return None
     count = len(ours or theirs[layer] or ())

@@ -66,13 +66,13 @@ class SpreadBalance:
         # The last of each layer's counts is that of its tokens.
         counts = torch.cat(
             [
-                counter.counts.get(layer, torch.zeros(n + 1, dtype=torch.int64))
+                counter.counts.get(layer, torch.zeros(n + 1, dtype=torch.int64, device=self.device))
                 for layer, n in zip(layers, units, strict=True)
             ]
         )
         dist.all_reduce(counts)
         for layer, found in zip(layers, counts.split([n + 1 for n in units]), strict=True):
-            self._shares[layer] = (found[:-1].double() / found[-1]).to(self.device)
+            self._shares[layer] = found[:-1].double() / found[-1]
 
     def derivative(self, layer: int, routing: Routing) -> Tensor:
         """Of the whole loss, by a token's probabilities: `[B or 1, 1, U]`, float64."""
@@ -119,7 +119,7 @@ class ChoiceCounter(Observer):
     """Counts how often each unit is chosen, on one of the processes that have the same tokens.
 
     Attributes:
-        counts: layer -> int64 `[U + 1]`, on the CPU; the last one is that of the tokens.
+        counts: layer -> int64 `[U + 1]`; the last one is that of the tokens.
     """
 
     def __init__(self, mesh: Mesh):
@@ -129,6 +129,6 @@ class ChoiceCounter(Observer):
     def routing(self, layer: int, found: Routing) -> Tensor:
         if self.mesh.rank("tp") == 0:
             chosen_TU = found.chosen_BNU.flatten(0, 1)
-            counts = torch.cat((chosen_TU.sum(0), chosen_TU.new_tensor([len(chosen_TU)], dtype=torch.int64))).cpu()
+            counts = torch.cat((chosen_TU.sum(0), chosen_TU.new_tensor([len(chosen_TU)], dtype=torch.int64)))
             self.counts[layer] = self.counts.get(layer, 0) + counts
         return found.scores_BNU

@@ -17,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layer import Layer, Mixer
+from model.layer import CUT_DIMENSION, Layer, Mixer
 from model.norms import SimpleRMSNorm
 from model.stack import Model
 from parallel.collectives import Enter
 from parallel.norms import DeferredNorm
 from parallel.region import Region, SpreadHeads
 from parallel.vocabulary import VocabularyEmbedding
-
-CUT_DIMENSION = {"column": 0, "heads": 0, "row": 1, "replicate": None}
-"""A linear map's weight is [outputs, inputs]: its outputs, the columns of the map, are its rows in memory."""
 
 
 @dataclass

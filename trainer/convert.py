@@ -57,12 +57,7 @@ def to_hf(
     Raises:
         ValueError: what cannot be written, or computes or tokenizes otherwise than the model: then `out` is untouched.
     """
-    limit, asked, source = all_of(
-        lambda: parse_size(max_shard_size),
-        lambda: dtype_named(dtype),
-        lambda: open_model(model),
-        lambda: check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
-    )[:3]
+    limit, asked, source = open_to_write(model, out, dtype, max_shard_size, overwrite)
     architecture = source.architecture(allow_code=allow_code)
     weights = source.weights(architecture)
     layout = choose_format(architecture, form)
@@ -72,24 +67,66 @@ def to_hf(
     facts = facts_of(source, words)
     with new_folder(out) as partial:
         write_folder(partial, weights, architecture, layout, facts, dtype=kept, max_shard_bytes=limit)
-        if words is not None:
-            write_hugging_face_files(words, partial)
-        tokens = check_tokens(architecture)
-        wanted = native_logits(source, tokens, kept, allow_code=allow_code)
-        texts = None if words is None else TEXTS
-        answer = ask_transformers(
-            partial, tokens, trust=layout.code is not None, texts=texts, packages=_packages(architecture)
+        agreement = complete_and_compare(
+            partial, out, source, architecture, words, kept, allow_code=allow_code, say=say
         )
-        agreement = judge(answer.logits, wanted, source, tokens, kept, allow_code=allow_code)
-        say(f"logits of transformers and Headway: {agreement}")
-        if not agreement.holds:
-            raise ValueError(
-                f"transformers computes something else from the export: {agreement}. {out} is not written."
-            )
-        if words is not None:
-            compare_tokenizers(words, answer.ids, out)
-            say(f"tokenizer: the same ids for {len(TEXTS)} texts of odd spaces, digits, scripts and emoji")
     say(f"{out}: written")
+    return agreement
+
+
+def open_to_write(
+    model: Path, out: Path, dtype: str | None, max_shard_size: str, overwrite: bool
+) -> tuple[int, torch.dtype | None, Source]:
+    """Bytes of a file of weights, the dtype asked for, and MODEL, for a Hugging Face folder that is to be written.
+
+    Raises:
+        ValueError: with all that is wrong with these.
+    """
+    limit, asked, source, _ = all_of(
+        lambda: parse_size(max_shard_size),
+        lambda: dtype_named(dtype),
+        lambda: open_model(model),
+        lambda: check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
+    )
+    return limit, asked, source
+
+
+def complete_and_compare(
+    folder: Path,
+    out: Path,
+    source: Source,
+    architecture: Architecture,
+    words: Tokenizer | None,
+    dtype: torch.dtype,
+    *,
+    allow_code: bool = False,
+    say: Say = print,
+) -> Agreement:
+    """Put the tokenizer into a folder of weights, and see that transformers computes and tokenizes from it as we do.
+
+    Args:
+        folder: that we have written; what it has of code is ours, and may run.
+        out: its name in the end.
+        source: what we compute from.
+        dtype: of the weights in the folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if words is not None:
+        write_hugging_face_files(words, folder)
+    tokens = check_tokens(architecture)
+    wanted = native_logits(source, tokens, dtype, allow_code=allow_code)
+    texts = None if words is None else TEXTS
+    trust = HuggingFaceFolder(folder).format.code is not None
+    answer = ask_transformers(folder, tokens, trust=trust, texts=texts, packages=_packages(architecture))
+    agreement = judge(answer.logits, wanted, source, tokens, dtype, allow_code=allow_code)
+    say(f"logits of transformers and Headway: {agreement}")
+    if not agreement.holds:
+        raise ValueError(f"transformers computes something else from the export: {agreement}. {out} is not written.")
+    if words is not None:
+        _compare_tokenizers(words, answer.ids, out)
+        say(f"tokenizer: the same ids for {len(TEXTS)} texts of odd spaces, digits, scripts and emoji")
     return agreement
 
 
@@ -248,7 +285,7 @@ def facts_of(source: Source, words: Tokenizer | None) -> Facts:
     return Facts(int(longest or Facts().max_positions), tokens)
 
 
-def compare_tokenizers(words: Tokenizer, ids: list[list[int]] | None, out: Path) -> None:
+def _compare_tokenizers(words: Tokenizer, ids: list[list[int]] | None, out: Path) -> None:
     """Raise ValueError where transformers gives the texts other ids than the model's tokenizer."""
     wanted = words.encode_batch(TEXTS, workers=1)
     assert ids is not None

@@ -56,13 +56,13 @@ def scalars(found: Diagnosis) -> dict[str, float | None]:
         told["attention_entropy_norm_min"] = _lowest_mean(found, "entropy_norm")
         told["sink_rate"] = found.sink_rate
         told["attention_logit_max"] = found.by_head["logit_max"].max().item()
-    if loads := [load for row in _loads(found) for load in row]:
+    if loads := [load for row in head_loads(found) for load in row]:
         told["head_load_min"] = min(loads)
     told["residual_max"] = found.residual_max.max().item()
     return told
 
 
-def _loads(found: Diagnosis) -> list[list[float]]:
+def head_loads(found: Diagnosis) -> list[list[float]]:
     """By layer and head; an empty list for a layer that does not choose."""
     return [[] if row is None or row[0] != row[0] else row for row in found.rows(LOAD)]
 
@@ -89,8 +89,8 @@ def tables(found: Diagnosis) -> dict[str, Any]:
     told: dict[str, Any] = {"layers": list(range(len(found.heads)))}
     for name in BY_HEAD:
         told[name] = [None if row is None else [_short(value) for value in row] for row in found.rows(name)]
-    if any(_loads(found)):
-        told[LOAD] = [[_short(load) for load in row] or None for row in _loads(found)]
+    if any(head_loads(found)):
+        told[LOAD] = [[_short(load) for load in row] or None for row in head_loads(found)]
     for name in BY_LAYER:
         told[name] = [_short(value) for value in getattr(found, name).tolist()]
     return told

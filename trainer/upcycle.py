@@ -12,30 +12,18 @@ from torch import Tensor
 
 from model.config import Architecture
 from model.files import new_folder
-from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, compare, judge, native_logits
-from model.hf.export import parse_size, write_folder
-from model.hf.folder import is_hugging_face_folder
+from model.hf.check import Agreement, check_tokens, compare, native_logits
+from model.hf.export import write_folder
 from model.hf.formats import choose_format
 from model.hf.loading import load_source
-from model.hf.source import HuggingFaceFolder, Source, Weights, open_model
+from model.hf.names import parameter_shapes
+from model.hf.source import HuggingFaceFolder, Source, Weights
 from model.initialisation import Normal, draw
 from model.mixers.attention import AttentionConfig
 from model.mixers.moh import MoH
 from model.mixers.softmax import Softmax
 from model.settings import architecture_tables, build_architecture, without_none
-from model.stack import Model
-from trainer.convert import (
-    Say,
-    all_of,
-    check_free,
-    compare_tokenizers,
-    described,
-    dtype_named,
-    facts_of,
-    name_of,
-    tokenizer_of,
-)
-from trainer.data.train_tokenizer import write_hugging_face_files
+from trainer.convert import Say, complete_and_compare, described, facts_of, name_of, open_to_write, tokenizer_of
 
 SAME = 1e-5
 """With all heads on, logits are those of the source but for this part of the largest. Both are computed by us in fp32,
@@ -80,12 +68,7 @@ def to_moh(
     Raises:
         ValueError: what cannot be made, or computes something else: then `out` is untouched.
     """
-    limit, asked, source = all_of(
-        lambda: parse_size(max_shard_size),
-        lambda: dtype_named(dtype),
-        lambda: open_model(model),
-        lambda: check_free(out, is_hugging_face_folder, "Hugging Face", overwrite),
-    )[:3]
+    limit, asked, source = open_to_write(model, out, dtype, max_shard_size, overwrite)
     dense = source.architecture()
     routed = with_routed_heads(dense, choice)
     kept, layout, words = asked or source.dtype, choose_format(routed, "headway"), tokenizer_of(source, None)
@@ -94,21 +77,15 @@ def to_moh(
     with new_folder(out) as partial:
         weights = _WithRouters(source.weights(dense), dense, routed)
         write_folder(partial, weights, routed, layout, facts_of(source, words), dtype=kept, max_shard_bytes=limit)
-        if words is not None:
-            write_hugging_face_files(words, partial)
         made, tokens = HuggingFaceFolder(partial), check_tokens(dense)
         same = compare(all_heads_logits(made, tokens, kept), native_logits(source, tokens, kept))
         same = replace(same, tolerance=SAME)
         say(f"logits with all heads on and of the source: {same}")
         if not same.holds:
-            raise ValueError(f"with all heads on it computes something else than {source.folder}: {same}.")
-        answer = ask_transformers(partial, tokens, trust=True, texts=None if words is None else TEXTS)
-        agreement = judge(answer.logits, native_logits(made, tokens, kept), made, tokens, kept)
-        say(f"logits of transformers and Headway: {agreement}")
-        if not agreement.holds:
-            raise ValueError(f"transformers computes something else from the folder: {agreement}.")
-        if words is not None:
-            compare_tokenizers(words, answer.ids, out)
+            raise ValueError(
+                f"with all heads on it computes something else than {source.folder}: {same}. {out} is not written."
+            )
+        complete_and_compare(partial, out, made, routed, words, kept, say=say)
     say(f"{out}: written")
     return same
 
@@ -121,10 +98,12 @@ def with_routed_heads(dense: Architecture, choice: HeadChoice) -> Architecture:
     """
     faults, names = [], {}
     tables = architecture_tables(dense)
-    tables["mixers"] = {}
+    before, tables["mixers"] = tables["mixers"], {}
     for name, (mixer, settings) in dense.mixers.items():
-        table = architecture_tables(dense)["mixers"][name]
-        if mixer is Softmax:
+        table = before[name]
+        if mixer is MoH:
+            faults.append(f"mixers.{name} is mixture-of-head attention already: begin with the dense model.")
+        elif mixer is Softmax:
             if settings.takes_weight:
                 faults.append(f"mixers.{name} has a key bias or a sink, which mixture-of-head attention has not.")
             kept = {field.name for field in fields(AttentionConfig)}
@@ -133,7 +112,7 @@ def with_routed_heads(dense: Architecture, choice: HeadChoice) -> Architecture:
             table |= {"kind": "moh", "group_order": order} | without_none(choice)
         names[name] = "moh" if name == "softmax" and "moh" not in dense.mixers else name
         tables["mixers"][names[name]] = table
-    if not any(table["kind"] == "moh" for table in tables["mixers"].values()):
+    if not any(mixer in (Softmax, MoH) for mixer, _ in dense.mixers.values()):
         kinds = ", ".join(mixer.__name__ for mixer, _ in dense.mixers.values())
         faults.append(f"no layer has softmax attention, whose heads could be chosen (the mixers are {kinds}).")
     pattern = [names[name] for name in dense.mixer_names]
@@ -165,9 +144,7 @@ class _WithRouters(Weights):
 
     def __init__(self, dense: Weights, before: Architecture, after: Architecture):
         self._dense = dense
-        with torch.device("meta"):
-            self._known = {name for name, _ in Model(before).named_parameters()}
-            self._shapes = {name: parameter.shape for name, parameter in Model(after).named_parameters()}
+        self._known, self._shapes = parameter_shapes(before).keys(), parameter_shapes(after)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -176,7 +153,7 @@ class _WithRouters(Weights):
                 found |= self._dense.read([name])
             else:
                 std = ROUTER_STD if name.endswith(".route.weight") else 0.0
-                found[name] = draw(name, Normal(std), self._shapes[name], seed=0)
+                found[name] = draw(name, Normal(std), torch.Size(self._shapes[name]), seed=0)
         return found
 
 

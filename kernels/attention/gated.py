@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.selected import selected_attention
-from kernels.attention.visible import Visible
+from kernels.attention.visible import Visible, attention_faults
 from kernels.precision import computing_dtype
 
 
@@ -49,8 +49,7 @@ def gated_attention(
 
     Source: arXiv 2410.11842, eq. 5 (mixture of heads); arXiv 2408.08274 (experts in attention).
     """
-    _check_gated(q_BNHd, k_BMGd, v_BMGe, gate, head_index, visible)
-    _check_selected(q_BNHd, head_index, selected)
+    _check_gated(q_BNHd, k_BMGd, v_BMGe, gate, head_index, visible, selected)
     if head_index is not None:
         nothing_BNH = torch.zeros(q_BNHd.shape[:3], dtype=torch.bool, device=q_BNHd.device)
         selected = nothing_BNH.scatter(2, head_index, True)
@@ -94,44 +93,34 @@ def gated_attention_reference(
     return out_BNHe * gate[..., None]
 
 
-def _check_gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, index: Tensor | None, visible: Visible) -> None:
-    """Raise `ValueError` that names all that does not fit; looks at shapes and dtypes only, never at values."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"q must be [B, N, H, d], k [B, M, G, d] and v [B, M, G, e]; received {list(q.shape)}, {list(k.shape)} and "
-            f"{list(v.shape)}."
-        )
-    faults = []
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        faults.append(f"k {list(k.shape)} and v {list(v.shape)} do not fit q {list(q.shape)}: B, M, G or d differ")
-    if q.shape[2] % k.shape[2]:
-        faults.append(f"{k.shape[2]} heads of keys cannot be shared equally by {q.shape[2]} heads of queries")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        faults.append(f"q, k and v must share one floating-point dtype, received {q.dtype}, {k.dtype}, {v.dtype}")
-    if (visible.num_queries, visible.num_keys) != (q.shape[1], k.shape[1]):
-        faults.append(
-            f"visible speaks of {visible.num_queries} queries and {visible.num_keys} keys, q and k have {q.shape[1]} "
-            f"and {k.shape[1]}"
-        )
-    gates = q.shape[:3]
+def _check_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    index: Tensor | None,
+    visible: Visible,
+    selected: Tensor | None = None,
+) -> None:
+    """Raise `ValueError` that names all that does not fit."""
+    faults, gates = attention_faults(q, k, v, visible), q.shape[:3]
     if index is not None:
         if index.dtype != torch.int64 or index.dim() != 3 or index.shape[:2] != q.shape[:2]:
             faults.append(
                 f"head_index must be int64 [B, N, A] with B and N {list(q.shape[:2])}, received {list(index.shape)} of "
-                f"{index.dtype}"
+                f"{index.dtype}."
             )
         elif index.shape[2] > q.shape[2]:
-            faults.append(f"head_index selects {index.shape[2]} distinct heads, and there are {q.shape[2]}")
+            faults.append(f"head_index selects {index.shape[2]} distinct heads, and there are {q.shape[2]}.")
         gates = index.shape
-    if gate is not None and (gate.shape != gates or not gate.is_floating_point()):
-        faults.append(f"gate must be floating-point numbers {list(gates)}, received {list(gate.shape)} of {gate.dtype}")
-    if faults:
-        raise ValueError("; ".join(faults) + ".")
-
-
-def _check_selected(q: Tensor, index: Tensor | None, selected: Tensor | None) -> None:
     if selected is not None and (selected.dtype != torch.bool or selected.shape != q.shape[:3] or index is not None):
-        raise ValueError(
+        faults.append(
             f"selected must be bool {list(q.shape[:3])}, without head_index, received {list(selected.shape)} of "
             f"{selected.dtype}{'' if index is None else ' and head_index'}."
         )
+    if gate is not None and (gate.shape != gates or not gate.is_floating_point()):
+        faults.append(
+            f"gate must be floating-point numbers {list(gates)}, received {list(gate.shape)} of {gate.dtype}."
+        )
+    if faults:
+        raise ValueError(" ".join(faults))

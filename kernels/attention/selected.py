@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.parts import SeenPart, Sight, sights, whole_triangle
-from kernels.attention.visible import Visible
+from kernels.attention.visible import VISIBLE_SCHEMA, Visible
 from kernels.precision import computing_dtype
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -48,18 +48,7 @@ def selected_attention(
     width = v_BMGe.shape[3]
     widest = max(q_BNHd.shape[3], width)
     q, k, v = (F.pad(x, (0, widest - x.shape[3])) if x.shape[3] < widest else x for x in (q_BNHd, k_BMGd, v_BMGe))
-    out_BNHe, _ = torch.ops.headway.selected_attention(
-        q,
-        k,
-        v,
-        selected_BNH,
-        visible.documents,
-        visible.key_documents,
-        visible.first_index,
-        visible.causal,
-        visible.window,
-        scale,
-    )
+    out_BNHe, _ = torch.ops.headway.selected_attention(q, k, v, selected_BNH, *visible.arguments, scale)
     return out_BNHe[..., :width]
 
 
@@ -404,24 +393,12 @@ def _selected_backward(
 
 # ------------------------------------------------------------- as operators, into which a compiler does not look
 
-_SIGHT = (
-    "Tensor? selected, Tensor? documents, Tensor? key_documents, SymInt first_index, bool causal, SymInt? window, "
-    "float scale"
-)
+_SIGHT = f"Tensor? selected, {VISIBLE_SCHEMA}, float scale"
 
 
-def _selection(
-    q: Tensor,
-    k: Tensor,
-    selected: Tensor | None,
-    documents: Tensor | None,
-    key_documents: Tensor | None,
-    first_index: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor | None, Visible, float]:
-    return selected, Visible(q.shape[1], k.shape[1], first_index, causal, window, documents, key_documents), scale
+def _selection(q: Tensor, k: Tensor, selected: Tensor | None, *rest: Any) -> tuple[Tensor | None, Visible, float]:
+    *arguments, scale = rest
+    return selected, Visible.from_arguments(q, k, *arguments), scale
 
 
 def _define_selected_attention() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.visible import Visible
+from kernels.attention.visible import VISIBLE_SCHEMA, Visible, attention_faults
 from kernels.precision import computing_dtype, without_autocast
 
 # Queries of a block: as many as make so many weights, over all rows and heads, but never fewer or more than these. By
@@ -60,18 +60,7 @@ def sigmoid_attention(
     """
     _check_shapes(q_BNHd, k_BMGd, v_BMGe, visible, slopes_H)
     return torch.ops.headway.sigmoid_attention(
-        q_BNHd,
-        k_BMGd,
-        v_BMGe,
-        slopes_H,
-        visible.documents,
-        visible.key_documents,
-        visible.first_index,
-        visible.causal,
-        visible.window,
-        scale,
-        bias,
-        per_row,
+        q_BNHd, k_BMGd, v_BMGe, slopes_H, *visible.arguments, scale, bias, per_row
     )
 
 
@@ -128,28 +117,15 @@ def score_offsets(
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visible: Visible, slopes_H: Tensor | None) -> None:
-    """Raise `ValueError` for arguments that do not fit together; looks at shapes and dtypes only, never at values."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"q must be [B, N, H, d], k [B, M, G, d] and v [B, M, G, e]; received {list(q.shape)}, {list(k.shape)} and "
-            f"{list(v.shape)}"
-        )
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} do not fit q {list(q.shape)}: B, M, G or d differ")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} heads of keys cannot be shared equally by {q.shape[2]} heads of queries")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"q, k and v must share one floating-point dtype, received {q.dtype}, {k.dtype}, {v.dtype}")
-    if (visible.num_queries, visible.num_keys) != (q.shape[1], k.shape[1]):
-        raise ValueError(
-            f"visible speaks of {visible.num_queries} queries and {visible.num_keys} keys, q and k have "
-            f"{q.shape[1]} and {k.shape[1]}"
-        )
+    """Raise `ValueError` that names all that does not fit together."""
+    faults = attention_faults(q, k, v, visible)
     if slopes_H is not None and (slopes_H.shape != q.shape[2:3] or slopes_H.dtype.itemsize < 4):
-        raise ValueError(
-            f"slopes must be one float32 or float64 number for each of {q.shape[2]} heads, received "
-            f"{list(slopes_H.shape)} of {slopes_H.dtype}"
+        faults.append(
+            f"slopes must be one float32 or float64 number for each of {q.shape[2:3].numel()} heads, received "
+            f"{list(slopes_H.shape)} of {slopes_H.dtype}."
         )
+    if faults:
+        raise ValueError(" ".join(faults))
 
 
 # -------------------------------------------------------------------------------- in blocks of queries
@@ -255,29 +231,14 @@ def _sigmoid_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: _Ma
     return dq_BNHd, dk_BMGd, dv_BMGe
 
 
-def _map_of(
-    q: Tensor,
-    k: Tensor,
-    slopes: Tensor | None,
-    documents: Tensor | None,
-    key_documents: Tensor | None,
-    first_index: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    bias: float,
-    per_row: bool,
-) -> _Map:
-    visible = Visible(q.shape[1], k.shape[1], first_index, causal, window, documents, key_documents)
-    return _Map(visible, slopes, scale, bias, per_row)
+def _map_of(q: Tensor, k: Tensor, slopes: Tensor | None, *rest: Any) -> _Map:
+    *arguments, scale, bias, per_row = rest
+    return _Map(Visible.from_arguments(q, k, *arguments), slopes, scale, bias, per_row)
 
 
 # ------------------------------------------------------------- as operators, into which a compiler does not look
 
-_REST = (
-    "Tensor? slopes, Tensor? documents, Tensor? key_documents, SymInt first_index, bool causal, SymInt? window, "
-    "float scale, float bias, bool per_row"
-)
+_REST = f"Tensor? slopes, {VISIBLE_SCHEMA}, float scale, float bias, bool per_row"
 
 
 def _define_operators() -> None:

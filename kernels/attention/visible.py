@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+VISIBLE_SCHEMA = "Tensor? documents, Tensor? key_documents, SymInt first_index, bool causal, SymInt? window"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,17 @@ class Visible:
     window: int | None = None
     documents: Tensor | None = None
     key_documents: Tensor | None = None
+
+    @classmethod
+    def from_arguments(cls, q_BNHd: Tensor, k_BMGd: Tensor, *arguments: Any) -> Visible:
+        """The inverse of `arguments`, of these queries and keys."""
+        documents, key_documents, first_index, causal, window = arguments
+        return cls(q_BNHd.shape[1], k_BMGd.shape[1], first_index, causal, window, documents, key_documents)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What an operator is told beside queries and keys, as `VISIBLE_SCHEMA` declares it."""
+        return self.documents, self.key_documents, self.first_index, self.causal, self.window
 
     def of(self, queries_R: Tensor, keys: tuple[int, int] | None = None) -> Tensor:
         """Bool `[B or 1, 1, R, M]`, of the queries with these indices among the N.
@@ -57,3 +71,28 @@ class Visible:
         if self.causal:
             highest = min(highest, end + self.first_index)
         return min(lowest, highest), highest
+
+
+def attention_faults(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> list[str]:
+    """Why queries `[B, N, H, d]`, keys `[B, M, G, d]` and values `[B, M, G, e]` do not fit together, in sentences.
+
+    Looks at shapes and dtypes only, never at values.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return [
+            f"q must be [B, N, H, d], k [B, M, G, d] and v [B, M, G, e]; received {list(q.shape)}, {list(k.shape)} and "
+            f"{list(v.shape)}."
+        ]
+    faults = []
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        faults.append(f"k {list(k.shape)} and v {list(v.shape)} do not fit q {list(q.shape)}: B, M, G or d differ.")
+    if q.shape[2] % k.shape[2]:
+        faults.append(f"{k.shape[2]} heads of keys cannot be shared equally by {q.shape[2]} heads of queries.")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        faults.append(f"q, k and v must share one floating-point dtype, received {q.dtype}, {k.dtype}, {v.dtype}.")
+    if (visible.num_queries, visible.num_keys) != (q.shape[1], k.shape[1]):
+        faults.append(
+            f"visible speaks of {visible.num_queries} queries and {visible.num_keys} keys, q and k have {q.shape[1]} "
+            f"and {k.shape[1]}."
+        )
+    return faults

@@ -97,20 +97,22 @@ class Attention(Mixer):
     def forward(
         self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
     ) -> Tensor:
-        q_BNHd = self._queries(x)
         k_BMGd, v_BMGd = self._keys_values(x, ctx, cache)
-        out_BNHd = self.mix(self._turned(q_BNHd, ctx), k_BMGd, v_BMGd, ctx)
+        out_BNHd = self.mix(x, self._queries(x), k_BMGd, v_BMGd, ctx)
         return self.o(gate_heads(out_BNHd, head_gate).flatten(2))
 
-    def mix(self, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
-        """What each query takes from the values of all M keys, `[B, N, H, d]`; shows its weights to `ctx.observer`."""
+    def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
+        """What each query takes from the values of all M keys, `[B, N, H, d]`; shows its weights to `ctx.observer`.
+
+        Queries are as the projection gives them: `turned` makes them what is multiplied with keys.
+        """
         raise NotImplementedError
 
     def _queries(self, x: Tensor) -> Tensor:
         """`[B, N, H, d]`, as the projection gives them."""
         return self.q(x).unflatten(-1, (-1, self.head_dim))
 
-    def _turned(self, q_BNHd: Tensor, ctx: Context) -> Tensor:
+    def turned(self, q_BNHd: Tensor, ctx: Context) -> Tensor:
         """Queries as they are multiplied with keys: normed and rotated."""
         q_BNHd = self.q_norm(q_BNHd)
         return rotate(q_BNHd, ctx.shared[self._rotary]) if self._rotary else q_BNHd
@@ -125,13 +127,10 @@ class Attention(Mixer):
             k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
         return ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
 
-    def _reference_map(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For references: queries and values of every head, scores `[B, H, N, N]`, and which keys are seen."""
-        return self._map_of(self._queries(x), x, ctx)
-
-    def _map_of(self, q_BNHd: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, from queries as the projection gives them."""
-        q_BNHd = self._turned(q_BNHd, ctx)
+    def _reference_map(self, x: Tensor, q_BNHd: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For references, from queries as the projection gives them: queries and values of every head, scores
+        `[B, H, N, N]`, and which keys are seen."""
+        q_BNHd = self.turned(q_BNHd, ctx)
         k_BNGd, v_BNGd = self._keys_values(x, ctx)
         group = q_BNHd.shape[2] // k_BNGd.shape[2]
         k_BNHd, v_BNHd = (kv.repeat_interleave(group, dim=2) for kv in (k_BNGd, v_BNGd))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from kernels.attention.gated import gated_attention
 from model.attention import AttentionMap
 from model.context import Context
 from model.initialisation import Init, Normal
-from model.layer import Site, gate_heads
+from model.layer import Site
 from model.mixers.attention import Attention, AttentionConfig, visible
 from model.routing import Balance, BalanceOver, Router, Routing, choose
 
@@ -288,21 +288,16 @@ class MoH(Attention):
     def balance(self) -> Balance | None:
         return Balance(self.config.balance_weight, self.config.balance_over, self.config.num_units)
 
-    def forward(
-        self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
-    ) -> Tensor:
-        q_BNHd = self._queries(x)
+    def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
         gates_BNH, active_BNH = self._gates(x, q_BNHd, ctx)
-        q_BNHd = self._turned(q_BNHd, ctx)
-        k_BMGd, v_BMGd = self._keys_values(x, ctx, cache)
+        q_BNHd = self.turned(q_BNHd, ctx)
         seen, scale = ctx.shared[self._visible], self.head_dim**-0.5
         if ctx.observer is not None:
             q_BNHd = ctx.observer.attention(self.site.layer, AttentionMap(q_BNHd, k_BMGd, seen, scale))
         all_run = self.config.router == "norm" and self.config.straight_through == "all"
-        out_BNHd = gated_attention(
+        return gated_attention(
             q_BNHd, k_BMGd, v_BMGd, gates_BNH, selected=None if all_run else active_BNH, visible=seen, scale=scale
         )
-        return self.o(gate_heads(out_BNHd, head_gate).flatten(2))
 
     def _gates(self, x: Tensor, q_BNHd: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Gates, and which heads run, `[B, N, H]`, of the heads that are here."""
@@ -355,7 +350,7 @@ class MoH(Attention):
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         q_BNHd = self._queries(x)
-        _, v_BNHd, scores_BHNM, seen = self._map_of(q_BNHd, x, ctx)
+        _, v_BNHd, scores_BHNM, seen = self._reference_map(x, q_BNHd, ctx)
         weights_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf).softmax(-1)
         gates_BNH, _ = self._gates(x, q_BNHd, ctx)
         return self.o((torch.einsum("bhnm,bmhd->bnhd", weights_BHNM, v_BNHd) * gates_BNH[..., None]).flatten(2))

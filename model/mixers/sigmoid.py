@@ -85,7 +85,8 @@ class Sigmoid(Attention):
         super().prepare(ctx)
         ctx.share(self._visible, lambda: visible(ctx, self.config.window))
 
-    def mix(self, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
+    def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
+        q_BNHd = self.turned(q_BNHd, ctx)
         seen, scale, per_row = ctx.shared[self._visible], self.head_dim**-0.5, self.config.bias_mode == "per_row"
         if ctx.observer is not None:
             weights = AttentionMap(q_BNHd, k_BMGd, seen, scale, form=self._log_weights(ctx), normalised=False)
@@ -107,7 +108,7 @@ class Sigmoid(Attention):
         return form
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        _, v_BNHd, scores_BHNM, seen = self._reference_map(x, ctx)
+        _, v_BNHd, scores_BHNM, seen = self._reference_map(x, self._queries(x), ctx)
         place = torch.arange(x.shape[1], device=x.device)
         if self.config.bias_mode == "per_row":
             scores_BHNM = scores_BHNM - seen.sum(-1, keepdim=True).to(x.dtype).log()

@@ -89,7 +89,8 @@ class Softmax(Attention):
         super().prepare(ctx)
         ctx.share(self._mask, lambda: attention_mask(ctx, self.config.window, self.config.takes_weight))
 
-    def mix(self, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
+    def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
+        q_BNHd = self.turned(q_BNHd, ctx)
         extra_BNH = self._extra_logit(q_BNHd)
         if ctx.observer is not None:
             seen = visible(ctx, self.config.window)
@@ -109,7 +110,7 @@ class Softmax(Attention):
         return None
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        q_BNHd, v_BNHd, scores_BHNM, seen = self._reference_map(x, ctx)
+        q_BNHd, v_BNHd, scores_BHNM, seen = self._reference_map(x, self._queries(x), ctx)
         scores_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf)
         extra_BNH = self._extra_logit(q_BNHd)
         if extra_BNH is not None:

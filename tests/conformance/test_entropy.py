@@ -94,7 +94,7 @@ def eager_step(case: Case) -> dict[str, Any]:
 
 
 def full_map(mixer: Softmax, x: Tensor, ctx: Context) -> Tensor:
-    q_BNHd, (k_BNGd, _) = mixer._turned(mixer._queries(x), ctx), mixer._keys_values(x, ctx)
+    q_BNHd, (k_BNGd, _) = mixer.turned(mixer._queries(x), ctx), mixer._keys_values(x, ctx)
     k_BNHd = k_BNGd.repeat_interleave(q_BNHd.shape[2] // k_BNGd.shape[2], dim=2)
     scores = torch.einsum("bnhd,bmhd->bhnm", q_BNHd, k_BNHd) / mixer.head_dim**0.5
     place = torch.arange(x.shape[1])

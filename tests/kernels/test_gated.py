@@ -369,6 +369,26 @@ def test_a_second_copy_of_the_file_leaves_the_operators_alone(monkeypatch: pytes
     assert torch.equal(ours, theirs)
 
 
+def test_a_mask_selects_as_an_index_does() -> None:
+    """And heads of which tokens select different numbers, as a tensor-parallel rank has them."""
+    q, k, v = inputs(37)
+    heads = q.shape[2]
+    gate = torch.rand(q.shape[:3], dtype=q.dtype, generator=torch.Generator().manual_seed(3))
+    index = torch.rand(gate.shape, generator=torch.Generator().manual_seed(4)).argsort(-1)[..., :2]
+    selected = torch.zeros(gate.shape, dtype=torch.bool).scatter(2, index, True)
+    visible = Visible(37, 37)
+    by_mask = gated_attention(q, k, v, gate, selected=selected, visible=visible, scale=SCALE)
+    by_index = gated_attention(q, k, v, gate.gather(2, index), index, visible=visible, scale=SCALE)
+    assert torch.equal(by_mask, by_index)
+    share = [x[:, :, : heads // 2] for x in (q, gate, selected)]
+    assert len(share[2].sum(-1).unique()) > 1
+    groups = k.shape[2] // 2
+    part = gated_attention(
+        share[0], k[:, :, :groups], v[:, :, :groups], share[1], selected=share[2], visible=visible, scale=SCALE
+    )
+    torch.testing.assert_close(part, by_mask[:, :, : heads // 2], rtol=1e-12, atol=1e-13)
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     q, k = torch.ones(2, 8, 4, 6), torch.ones(2, 8, 3, 6)
     with pytest.raises(ValueError) as error:
@@ -386,7 +406,11 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         ({"k": torch.ones(2, 8, 4, 5)}, "do not fit q"),
         ({"head_index": torch.ones(2, 8, 2)}, "head_index must be int64"),
         ({"gate": torch.ones(2, 8, 4).long()}, "gate must be floating-point numbers"),
+        ({"selected": torch.ones(2, 8, 3).bool()}, r"selected must be bool \[2, 8, 4\], without head_index"),
+        ({"selected": torch.ones(2, 8, 4).bool(), "head_index": torch.ones(2, 8, 2).long()}, "and head_index"),
     ):
-        arguments = {"q": q, "k": q, "v": q, "gate": None, "head_index": None} | changed
+        arguments = {"q_BNHd": q, "k_BMGd": q, "v_BMGe": q, "gate": None} | {
+            {"q": "q_BNHd", "k": "k_BMGd"}.get(name, name): value for name, value in changed.items()
+        }
         with pytest.raises(ValueError, match=said):
-            gated_attention(*arguments.values(), visible=Visible(8, 8), scale=1)
+            gated_attention(**arguments, visible=Visible(8, 8), scale=1)

@@ -90,7 +90,7 @@ def test_fused_attention_with_an_extra_logit_is_the_eager_softmax(n: int, m: int
 
 def eager_layer(mixer: Any, x: Tensor, ctx: Any) -> Tensor:
     """The mixer with its extra logit written out, after arXiv 2410.10781: k* joins the keys after the rotation."""
-    q, (k, v) = mixer._turned(mixer._queries(x), ctx), mixer._keys_values(x, ctx)
+    q, (k, v) = mixer.turned(mixer._queries(x), ctx), mixer._keys_values(x, ctx)
     seen = Visible(x.shape[1], x.shape[1], documents=ctx.documents, key_documents=ctx.documents)
     if mixer.sink is not None:
         extra = mixer.sink.expand(*q.shape[:3])

@@ -103,8 +103,8 @@ FAULTS = [
         [
             ("        gates_BNH, active_BNH = self._gates(x, q_BNHd, ctx)\n", ""),
             (
-                "        q_BNHd = self._turned(q_BNHd, ctx)\n",
-                "        q_BNHd = self._turned(q_BNHd, ctx)\n"
+                "        q_BNHd = self.turned(q_BNHd, ctx)\n",
+                "        q_BNHd = self.turned(q_BNHd, ctx)\n"
                 "        gates_BNH, active_BNH = self._gates(x, q_BNHd, ctx)\n",
             ),
         ],

@@ -18,10 +18,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import transformers
 
     import trainer.convert
-    import trainer.upcycle
 
-    for commands in (trainer.convert, trainer.upcycle):
-        monkeypatch.setattr(commands, "ask_transformers", ask_in_this_process)
+    monkeypatch.setattr(trainer.convert, "ask_transformers", ask_in_this_process)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 

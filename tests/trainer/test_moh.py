@@ -201,6 +201,10 @@ def test_what_cannot_be_made_is_refused_all_at_once(dense: Path, tmp_path: Path)
         tmp_path / "linear", decoder({"lightning": {"num_heads": 2}}, SWIGLU, d_model=32, vocab_size=VOCAB)
     )
     assert "no layer has softmax attention" in refused(linear, out, *FLAGS)
+    chosen = decoder({"moh": HEADS | {"shared_heads": 2, "active_heads": 2}}, SWIGLU, d_model=32, vocab_size=VOCAB)
+    assert "mixers.moh is mixture-of-head attention already" in refused(
+        write_step(tmp_path / "chosen", chosen), out, *FLAGS
+    )
     sinks = decoder({"softmax": HEADS | {"sink": True}}, SWIGLU, d_model=32, vocab_size=VOCAB)
     assert "a key bias or a sink" in refused(write_step(tmp_path / "sinks", sinks), out, *FLAGS)
     out.mkdir()

@@ -78,8 +78,10 @@ def diagnose(argv: list[str]) -> int:
 def _layer_table(found: Any) -> Any:
     from rich.table import Table
 
+    from trainer.diagnostics import head_loads
+
     head = ("layer", "entropy, nats", "lowest head", "normalised", "sinks", "largest logit", "first token gets")
-    loads = [row if row and row[0] == row[0] else None for row in found.rows("load")]
+    loads = head_loads(found)
     chosen = ["least load"] if any(loads) else []
     table = Table(*head, *chosen, "largest residual", "first / median norm")
     for column in table.columns:
@@ -93,8 +95,7 @@ def _layer_table(found: Any) -> Any:
         cells = [_cell(value) for value in shown] + [_cell(sinks, ".1%"), _cell(largest[layer], ".1f")]
         cells.append(_cell(means["first_weight"][layer], ".1%"))
         if chosen:
-            row = loads[layer]
-            cells.append(_cell(None if row is None else min(row), ".1%"))
+            cells.append(_cell(min(loads[layer], default=None), ".1%"))
         cells.append(_cell(found.residual_max[layer].item(), ".4g"))
         table.add_row(str(layer), *cells, _cell(found.first_norm_ratio[layer].item(), ".2f"))
     return table
