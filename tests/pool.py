@@ -13,6 +13,7 @@ import faulthandler
 import gc
 import logging
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -41,9 +42,7 @@ IMPORTED_BEFORE = [
 ]
 
 
-def _work(
-    rank: int, world_size: int, store: str, answer: Connection, function: Callable[..., Any], args: Any, kwargs: Any
-) -> None:
+def _work(rank: int, world_size: int, store: str, answer: Connection, call: bytes) -> None:
     faulthandler.enable()
     gc.freeze()  # What was imported before the fork stays; looking through it for garbage would copy its pages.
     torch.set_num_threads(1)
@@ -55,9 +54,10 @@ def _work(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
         )
-        answer.send((True, function(*args, **kwargs)))
+        function, args, kwargs = pickle.loads(call)
+        answer.send_bytes(pickle.dumps((True, function(*args, **kwargs))))
     except BaseException:
-        answer.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        answer.send_bytes(pickle.dumps((False, f"rank {rank}:\n{traceback.format_exc()}")))
     # The others may still be talking to this process: it waits to be ended with them.
     answer.poll(None)
 
@@ -77,12 +77,15 @@ class Pool:
         assert world_size <= self.size, f"the pool has {self.size} workers"
         self.cases += 1
         store = str(self.folder / f"store-{self.cases}")
+        # Pickled here: torch's own way to send a tensor keeps a file open for as long as the tensor lives, and what
+        # tests keep of hundreds of cases is more than the 1024 files that many systems let a process open.
+        call = pickle.dumps((function, args, kwargs))
         workers: list[tuple[Any, Connection]] = []
         try:
             for rank in range(world_size):
                 ours, theirs = self.context.Pipe()
                 process = self.context.Process(
-                    target=_work, args=(rank, world_size, store, theirs, function, args, kwargs), daemon=True
+                    target=_work, args=(rank, world_size, store, theirs, call), daemon=True
                 )
                 # The server too, begun by the first worker, must have no threads: it is forked.
                 with patch.dict(os.environ, OMP_NUM_THREADS="1"):
@@ -111,7 +114,7 @@ def _answers(workers: list[tuple[Any, Connection]]) -> tuple[list[Any], list[str
             assert isinstance(connection, Connection)
             rank = waiting.pop(connection)
             try:
-                succeeded, answer = connection.recv()
+                succeeded, answer = pickle.loads(connection.recv_bytes())
             except EOFError:
                 process, _ = workers[rank]
                 process.join(10)
