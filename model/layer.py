@@ -73,10 +73,12 @@ class Layer(nn.Module):
         hf: parameter name -> its name below the layer's prefix in a Hugging Face checkpoint, or a part of one.
         no_decay: names of matrices that weight decay must leave alone. Muon does, too: what has two dimensions but is
             no linear map (angles of each head) is named here.
+        output_projection: name of the linear map whose result is the layer's. A layer that is made of others says in
+            `output_projections` which of theirs, each weighted token by token, add up to what it gives.
     """
 
     Config: ClassVar[type]
-    sharding: ClassVar[Mapping[str, Sharding]] = {}
+    sharding: Mapping[str, Sharding] = {}
     hf: ClassVar[Mapping[str, HFName]] = {}
     no_decay: ClassVar[frozenset[str]] = frozenset()
     output_projection: ClassVar[str]
@@ -84,6 +86,16 @@ class Layer(nn.Module):
     def __init__(self, config: Any, site: Site):
         super().__init__()
         self.config, self.site = config, site
+
+    @property
+    def output_projections(self) -> list[str]:
+        """Names of the linear maps whose results add up to what the layer gives."""
+        return [self.output_projection]
+
+    @classmethod
+    def hf_name(cls, name: str, config: Any) -> HFName | None:
+        """What a parameter is called below the layer's prefix in a Hugging Face checkpoint; None: it has no name."""
+        return cls.hf.get(name)
 
     def init_weights(self) -> dict[str, Init]:
         """Initial values of the linear maps directly below: normal weights, zero biases."""
@@ -176,11 +188,23 @@ class Mixer(Layer):
 
 
 class FeedForward(Layer):
-    """Maps each token of `[B, N, D]` by itself."""
+    """Maps each token by itself.
+
+    Attributes:
+        examples: settings under which the conformance suite tries a feed-forward that is made of others: the tables
+            `[feedforwards.NAME]` of a model of width 32, its own first.
+    """
 
     output_projection = "down"
+    examples: ClassVar[list[dict[str, dict[str, Any]]]] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def balance(self) -> Balance | None:
+        """How evenly its experts are to be chosen, where it has a router."""
+        return None
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """`[B, N, D]` -> `[B, N, D]`; as an expert, `[T, D]` -> `[T, D]`, of tokens in any order."""
         raise NotImplementedError
 
 

@@ -49,16 +49,16 @@ class Block(nn.Module):
         normed = self.mixer_norm(x)
         mixed = self.mixer_out_norm(self.mixer(normed, ctx, cache, head_gate))
         if self.residual == "parallel":
-            return x + mixed + self.feedforward(normed)
+            return x + mixed + self.feedforward(normed, ctx)
         if self.residual == "normalised":
             # What is carried on is the normed input: nothing reaches the next block around a norm (MiniMax-01,
             # arXiv 2501.08313).
             kept, added = self.mixer_factors
             normed = self.feedforward_norm(kept * normed + added * mixed)
             kept, added = self.feedforward_factors
-            return kept * normed + added * self.feedforward(normed)
+            return kept * normed + added * self.feedforward(normed, ctx)
         x = x + mixed
-        return x + self.feedforward(self.feedforward_norm(x))
+        return x + self.feedforward(self.feedforward_norm(x), ctx)
 
 
 class Model(nn.Module):

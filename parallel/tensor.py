@@ -64,14 +64,21 @@ def _layer_faults(layer: Layer) -> Iterator[str]:
         if word not in CUT_DIMENSION:
             said = "does not say how" if word is None else f"says {word!r}, which is no way in which"
             yield f"{said} {name} is cut: its sharding table has to have one of {', '.join(CUT_DIMENSION)}."
-    projection = layer.output_projection
+    projections, modules = layer.output_projections, dict(layer.named_modules())
     rows = {name.rpartition(".")[0] for name, word in layer.sharding.items() if word == "row"}
-    if others := sorted(rows - {projection}):
-        yield f'says "row" for {", ".join(others)}, but only its output projection, {projection}, is summed over ranks.'
-    if type(found := getattr(layer, projection, None)) is not nn.Linear:
-        yield f"has a {type(found).__name__} for its output projection, {projection}: only an nn.Linear can be summed."
-    elif (word := layer.sharding.get(f"{projection}.weight")) not in (None, "row"):
-        yield f'says {word!r} for {projection}.weight, but what {projection} gives is summed over ranks: say "row".'
+    if others := sorted(rows - set(projections)):
+        yield (
+            f'says "row" for {", ".join(others)}, but only its output projection, {", ".join(projections)}, is summed '
+            "over ranks."
+        )
+    for projection in projections:
+        if type(found := modules.get(projection)) is not nn.Linear:
+            yield (
+                f"has a {type(found).__name__} for its output projection, {projection}: only an nn.Linear can be "
+                "summed."
+            )
+        elif (word := layer.sharding.get(f"{projection}.weight")) not in (None, "row"):
+            yield f'says {word!r} for {projection}.weight, but what {projection} gives is summed over ranks: say "row".'
     if isinstance(layer, Mixer) and layer.full_width_norm is not None:
         norm = getattr(layer, layer.full_width_norm)
         if not isinstance(norm, SimpleRMSNorm | nn.Identity):
@@ -94,13 +101,14 @@ def cut(model: Model, region: Region) -> Cuts:
 
 
 def _cut_layer(layer: Layer, prefix: str, region: Region, cuts: Cuts) -> None:
-    projection = layer.output_projection
+    projections, together = layer.output_projections, layer.output_projections != [layer.output_projection]
+    outside = set() if together or region.cuts_sequence else {f"{projections[0]}.bias"}
     for name, _ in list(layer.named_parameters()):
         dimension = CUT_DIMENSION[layer.sharding[name]]
         cuts.dimensions[prefix + name] = dimension
         if dimension is not None:
             _keep_share(layer, name, dimension, region)
-        elif name != f"{projection}.bias" or region.cuts_sequence:
+        elif name not in outside:
             # Inside, each rank uses it for its own heads; the projection's bias is added outside.
             cuts.summed.add(prefix + name)
     norm = None
@@ -109,7 +117,12 @@ def _cut_layer(layer: Layer, prefix: str, region: Region, cuts: Cuts) -> None:
         if not isinstance(plain, nn.Identity):
             norm = DeferredNorm(plain)
             setattr(layer, layer.full_width_norm, norm)
-    setattr(layer, projection, SummedLinear.of(getattr(layer, projection), region, norm))
+    if together:
+        for projection in projections:
+            PartialLinear.of(layer.get_submodule(projection), region)
+        layer.register_forward_hook(lambda module, args, out: region.leave(out))
+    else:
+        SummedLinear.of(layer.get_submodule(projections[0]), region, norm)
     layer.remake_buffers = _cut_buffers(layer, layer.remake_buffers, region)  # type: ignore[method-assign]
     layer.remake_buffers()
     layer.register_forward_pre_hook(_enter(region), with_kwargs=True)
@@ -165,9 +178,10 @@ class SummedLinear(nn.Linear):
     norm: tuple[DeferredNorm, ...]
 
     @classmethod
-    def of(cls, plain: nn.Linear, region: Region, norm: DeferredNorm | None) -> SummedLinear:
+    def of(cls, plain: nn.Module, region: Region, norm: DeferredNorm | None) -> SummedLinear:
         """A plain projection with cut weights, made one that sums."""
         plain.__class__ = cls
+        assert isinstance(plain, cls)
         plain.region, plain.norm = region, () if norm is None else (norm,)
         return plain
 
@@ -175,6 +189,27 @@ class SummedLinear(nn.Linear):
         partial = F.linear(x, self.weight)
         out = self.norm[0].finish(partial, self.region) if self.norm else self.region.leave(partial)
         return out if self.bias is None else out + self.bias
+
+
+class PartialLinear(nn.Linear):
+    """One of several output projections that are weighted and added up before anything is summed over ranks.
+
+    What one rank gives is a summand. The bias is added on the first one only: the others give zero times theirs, so
+    that the gradient of it, which is summed, is there on all of them.
+    """
+
+    adds_bias: float
+
+    @classmethod
+    def of(cls, plain: nn.Module, region: Region) -> PartialLinear:
+        """A plain projection with cut weights, made one of several."""
+        plain.__class__ = cls
+        assert isinstance(plain, cls)
+        plain.adds_bias = float(region.rank == 0)
+        return plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, None if self.bias is None else self.bias * self.adds_bias)
 
 
 def _cut_vocabulary(model: Model, region: Region, cuts: Cuts) -> None:

@@ -84,9 +84,7 @@ class Pool:
         try:
             for rank in range(world_size):
                 ours, theirs = self.context.Pipe()
-                process = self.context.Process(
-                    target=_work, args=(rank, world_size, store, theirs, call), daemon=True
-                )
+                process = self.context.Process(target=_work, args=(rank, world_size, store, theirs, call), daemon=True)
                 # The server too, begun by the first worker, must have no threads: it is forked.
                 with patch.dict(os.environ, OMP_NUM_THREADS="1"):
                     process.start()

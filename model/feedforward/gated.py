@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.context import Context
 from model.layer import FeedForward, HFName, Site
 
 
@@ -55,7 +56,7 @@ class SGLU(FeedForward):
         self.up = nn.Linear(site.d_model, config.d_ff, bias=site.bias)
         self.down = nn.Linear(config.d_ff, site.d_model, bias=site.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.down(self.gate(x) * self.up(x))
 
     def flops(self, n: int) -> float:
@@ -67,5 +68,5 @@ class SwiGLU(SGLU):
 
     hf = {f"{x}.{kind}": f"mlp.{x}_proj.{kind}" for x in ("gate", "up", "down") for kind in ("weight", "bias")}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

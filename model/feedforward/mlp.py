@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.context import Context
 from model.feedforward.gated import GatedConfig
 from model.layer import FeedForward, Site, Transposed
 
@@ -36,7 +37,7 @@ class GeluMLP(FeedForward):
         self.up = nn.Linear(site.d_model, config.d_ff, bias=site.bias)
         self.down = nn.Linear(config.d_ff, site.d_model, bias=site.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh" if self.config.tanh else "none"))
 
     def flops(self, n: int) -> float:

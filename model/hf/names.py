@@ -301,7 +301,7 @@ def _place(name: str, architecture: Architecture, family: Family) -> Place | Non
         else (architecture.feedforward_names, architecture.feedforwards)
     )
     layer_class, settings = parts[names[int(layer)]]
-    declared = layer_class.hf.get(inside)
+    declared = layer_class.hf_name(inside, settings)
     if declared is None:
         return None
     place = _declared(declared, settings)

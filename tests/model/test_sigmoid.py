@@ -148,12 +148,12 @@ def test_the_norm_on_the_output_stands_before_the_residual(residual: str, hybrid
     if hybrid:
         mixed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.mixer_out_norm.weight
     if residual == "parallel":
-        wanted = x + mixed + block.feedforward(normed)
+        wanted = x + mixed + block.feedforward(normed, ctx)
     elif residual == "sequential":
-        wanted = x + mixed + block.feedforward(block.feedforward_norm(x + mixed))
+        wanted = x + mixed + block.feedforward(block.feedforward_norm(x + mixed), ctx)
     else:
         normed = block.feedforward_norm(normed + mixed)
-        wanted = normed + block.feedforward(normed)
+        wanted = normed + block.feedforward(normed, ctx)
     torch.testing.assert_close(block(x, ctx), wanted)
     assert ("layers.0.mixer_out_norm.weight" in dict(model.named_parameters())) is hybrid
 

@@ -64,7 +64,8 @@ def test_norm_statistics_of_bf16_are_fp32(kind: str) -> None:
 
 @pytest.mark.parametrize("feedforward", ["swiglu", "sglu", "gelu"])
 def test_a_feedforward_is_its_formula(feedforward: str) -> None:
-    part = build(feedforward_pattern=[feedforward], bias=True).layers["0"].feedforward
+    model = build(feedforward_pattern=[feedforward], bias=True)
+    part, ctx = model.layers["0"].feedforward, model.context(TOKENS)
     x = torch.randn(2, 3, 16, dtype=torch.float64)
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ def test_a_feedforward_is_its_formula(feedforward: str) -> None:
         "sglu": lambda: linear("gate", x) * linear("up", x),
         "gelu": lambda: torch.nn.functional.gelu(linear("up", x), approximate="tanh"),
     }[feedforward]()
-    torch.testing.assert_close(part(x), linear("down", hidden))
+    torch.testing.assert_close(part(x, ctx), linear("down", hidden))
     assert part.flops(1) == 2 * 16 * 24 * (2 if feedforward == "gelu" else 3)
     assert {name for name, _ in part.named_parameters()} <= part.sharding.keys()
 
@@ -88,9 +89,9 @@ def test_sequential_and_parallel_residuals() -> None:
         normed = block.mixer_norm(x)
         after = x + block.mixer(normed, ctx)
         if residual == "parallel":
-            wanted = after + block.feedforward(normed)
+            wanted = after + block.feedforward(normed, ctx)
         else:
-            wanted = after + block.feedforward(block.feedforward_norm(after))
+            wanted = after + block.feedforward(block.feedforward_norm(after), ctx)
         torch.testing.assert_close(block(x, ctx), wanted)
 
 
