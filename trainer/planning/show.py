@@ -46,7 +46,7 @@ def show(plan: Forecast, remedies: list[Remedy]) -> None:
     """Print it."""
     console = Console(highlight=False)
     layout = plan.layout
-    names = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
+    names = ("dp_replicate", "dp_shard", "pp", "cp", "tp", "ep")
     factors = " x ".join(f"{name} {size}" for name in names if (size := getattr(layout, name)) > 1)
     console.print(
         f"{plan.parameters:,} parameters on {layout.world_size} x {plan.assumptions.device}"
