@@ -210,7 +210,7 @@ def test_reparametrised_matrices_are_planned(name: str, hybrid: Path, pool: Pool
 
 @pytest.mark.parametrize("parallel", [{"ep": 2}, pytest.param({"ep": 2, "pp": 2}, marks=pytest.mark.matrix)])
 def test_experts_are_planned(parallel: dict[str, int], tmp_path: Path, pool: Pool) -> None:
-    """A plan has no router, and takes all experts to get equally many tokens: as they do where each token goes to all."""
+    """A plan takes all experts to get equally many tokens: as they do where each token goes to all of them."""
     moe = {"num_experts": 4, "top_k": 4, "expert": "swiglu", "bias_rate": 0.01}
     parts = {"feedforwards": {"moe": moe, "swiglu": {"d_ff": 64}}}
     path = write_config(tmp_path, str(tmp_path / "nothing"), model=MODEL, data=SIZES, **parts)
