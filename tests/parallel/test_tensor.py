@@ -134,20 +134,21 @@ def test_statistics_are_fp32_though_the_message_is_bf16(pool: Pool, cuts_sequenc
         assert torch.equal(gradient, torch.full_like(gradient, 1.2345678))
 
 
-def gated(parallel: ParallelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def gated(parallel: ParallelConfig, kind: str, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and the gradient of the gates, of a model whose heads are gated."""
-    model = build(Case("lightning", num_layers=2), parallel, "fp64")
+    model = build(Case(kind, num_layers=2), parallel, "fp64")
     batch = share_of(model, 1)
-    gates = torch.linspace(0.1, 2.0, 4, dtype=torch.float64).requires_grad_()
+    gates = torch.linspace(0.1, 2.0, heads, dtype=torch.float64).requires_grad_()
     logits = model.stages[0](batch.tokens, head_gates={1: gates})
     logits.square().sum().backward()
     return logits.detach(), gates.grad
 
 
-def test_gates_by_head_are_those_of_the_global_heads(pool: Pool) -> None:
-    ((wanted, wanted_gradient),) = pool.run(gated, 1, ParallelConfig())
+@pytest.mark.parametrize(("kind", "heads"), [("lightning", 4), ("bam", 12)])
+def test_gates_by_head_are_those_of_the_global_heads(pool: Pool, kind: str, heads: int) -> None:
+    ((wanted, wanted_gradient),) = pool.run(gated, 1, ParallelConfig(), kind, heads)
     for sequence_parallel in (True, False):
-        results = pool.run(gated, 2, ParallelConfig(tp=2, sequence_parallel=sequence_parallel))
+        results = pool.run(gated, 2, ParallelConfig(tp=2, sequence_parallel=sequence_parallel), kind, heads)
         found = torch.cat([logits for logits, _ in results], dim=-1)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
         for _, gradient in results:
