@@ -26,8 +26,10 @@ from tests.mutations.routing import FAULTS as OF_ROUTING
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-IN_ROUTERS_AND_KERNELS = [*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM]
-FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *IN_ROUTERS_AND_KERNELS]
+FAULTS = [
+    *(*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS),
+    *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM),
+]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600

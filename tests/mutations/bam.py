@@ -58,6 +58,6 @@ FAULTS = [
             'outside = {f"{x}.bias" for x in projections} if together else set() if region.cuts_sequence',
         ),
         file="parallel/tensor.py",
-        tests=(TP2,),
+        tests=("tests/parallel/test_tensor.py::test_what_is_not_cut_stays_alike_on_all_ranks",),
     ),
 ]

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.objective import IGNORED, cross_entropy
 from model.stack import Model
 from parallel.config import ParallelConfig
+from parallel.data import local
 from parallel.norms import SumWithSquares, exact_terms
 from parallel.region import Region
 from parallel.tensor import cut
 from parallel.vocabulary import VocabularyCrossEntropy
-from tests.conformance.layouts import Case, build, share_of
+from tests.conformance.layouts import Case, build, share_of, updater_of
 from tests.conformance.models import VOCAB
 from tests.pool import Pool
 
@@ -153,6 +154,23 @@ def test_gates_by_head_are_those_of_the_global_heads(pool: Pool, kind: str, head
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
         for _, gradient in results:
             torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
+
+
+def uncut_after_a_step(kind: str) -> dict[str, torch.Tensor]:
+    case = Case(kind, num_layers=2)
+    model = build(case, ParallelConfig(tp=2), "fp64")
+    updater_of(model, case).update(share_of(model, 1), 1, lr=0.01)
+    uncut = [name for name, dimension in model.cuts.dimensions.items() if dimension is None]
+    return {name: local(model.parameters[name]).detach().clone() for name in uncut}
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bam"])
+def test_what_is_not_cut_stays_alike_on_all_ranks(pool: Pool, kind: str) -> None:
+    """Biases of output projections, too, whose gradient one rank alone may have found."""
+    one, other = pool.run(uncut_after_a_step, 2, kind)
+    assert any(name.endswith(".o.bias") for name in one)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 def test_slopes_are_cut_from_those_of_all_heads() -> None:
