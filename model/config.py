@@ -85,6 +85,7 @@ class Architecture:
             bias=m.bias,
             init_std=m.init_std,
             output_init_std=output_std,
+            feedforwards=self.feedforwards,
         )
 
     def resolve(self) -> list[str]:
@@ -99,9 +100,11 @@ class Architecture:
             faults.append('model.positions = "learned" needs model.max_positions, at least data.seq_len.')
         if not self.feedforwards:
             faults.append("no [feedforwards.NAME] section: define one, for example [feedforwards.swiglu] with d_ff.")
-        default = [next(iter(self.feedforwards), "")]
-        if m.feedforward_pattern is None and len(self.feedforwards) > 1:
-            names = ", ".join(self.feedforwards)
+        faults += self._part_faults()
+        alone = [name for name in self.feedforwards if name not in self._parts()] or list(self.feedforwards)
+        default = alone[:1] or [""]
+        if m.feedforward_pattern is None and len(alone) > 1:
+            names = ", ".join(alone)
             faults.append(f"model.feedforward_pattern is missing: several feed-forwards are defined ({names}).")
         self.mixer_names, problems = expand_pattern("model.pattern", m.pattern, m.num_layers, self.mixers)
         faults += problems
@@ -117,6 +120,27 @@ class Architecture:
                 check = getattr(settings, "faults", None)
                 if check is not None and m.d_model >= 1:
                     faults += [f"{section}.{name}.{fault}" for fault in check(m.d_model)]
+        return faults
+
+    def _parts(self) -> dict[str, list[str]]:
+        """Feed-forwards that others are made of -> the keys that name them."""
+        found: dict[str, list[str]] = {}
+        for name, (_, settings) in self.feedforwards.items():
+            for key, part in getattr(settings, "parts", dict)().items():
+                found.setdefault(part, []).append(f"feedforwards.{name}.{key}")
+        return found
+
+    def _part_faults(self) -> list[str]:
+        """Feed-forwards made of what is not there, or of what is made of others itself."""
+        faults = []
+        for part, keys in self._parts().items():
+            simple = [name for name, (_, settings) in self.feedforwards.items() if not hasattr(settings, "parts")]
+            if part in simple:
+                continue
+            near = difflib.get_close_matches(part, simple, n=1, cutoff=0.0)
+            hint = f"the nearest that will do is {near[0]!r}" if near else "define one, with d_ff"
+            what = "is made of others itself" if part in self.feedforwards else "is no [feedforwards.NAME]"
+            faults += [f"{key} = {part!r} {what}: {hint}." for key in keys]
         return faults
 
     def _factor_faults(self) -> list[str]:

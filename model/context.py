@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.dispatch import WholeExperts
 from model.observer import Observer
 
 
@@ -84,6 +85,7 @@ class Context:
         modalities: modality ids, for layers that are untied by modality.
         cut: what crosses a sequence cut.
         heads: where the heads of a layer are.
+        experts: where the experts of a layer are.
         key_documents: `[B, M]`, document ids of whole rows: cached tokens included, and the pieces of other processes.
         first_index: index among those M of the first of the N queries.
         previous_documents: `[B]`, document id of the last cached token; None when nothing is cached.
@@ -98,6 +100,7 @@ class Context:
     modalities: Tensor | None = None
     cut: WholeSequence = field(default_factory=WholeSequence)
     heads: WholeHeads = field(default_factory=WholeHeads)
+    experts: WholeExperts = field(default_factory=WholeExperts)
     key_documents: Tensor | None = None
     first_index: int = 0
     previous_documents: Tensor | None = None

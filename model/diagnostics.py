@@ -97,6 +97,7 @@ class AttentionProbe(Observer):
         row_sums, logit_max: layer -> `[H, len(ROW_SUMS)]` and `[H]`, of the queries and heads here.
         columns: layer -> `[W, H, WINDOW]`, the weights of each key of a window summed over the queries here.
         active: layer -> `[H, 2]`, of the heads here where heads are chosen: tokens, and those for which a head runs.
+        experts: layer -> `[E, 2]`, where experts are chosen: tokens, and those that chose an expert.
         residual_max: layer -> the largest magnitude in the residual stream here.
         norms: layer -> `[B, R]`, of the residual stream at the sampled places; 0 where they are not here.
         first_norms: layer -> `[B]`, of first tokens of documents, summed over those here.
@@ -108,6 +109,7 @@ class AttentionProbe(Observer):
         self.logit_max: dict[int, Tensor] = {}
         self.columns: dict[int, Tensor] = {}
         self.active: dict[int, Tensor] = {}
+        self.experts: dict[int, Tensor] = {}
         self.residual_max: dict[int, Tensor] = {}
         self.norms: dict[int, Tensor] = {}
         self.first_norms: dict[int, Tensor] = {}
@@ -119,8 +121,9 @@ class AttentionProbe(Observer):
         return weights.q_BNHd
 
     def routing(self, layer: int, found: Routing) -> Tensor:
-        active_TH = found.active_BNH.flatten(0, 1).double()
-        self.active[layer] = torch.stack((torch.full_like(active_TH[0], len(active_TH)), active_TH.sum(0)), dim=-1)
+        chosen, kept = (found.chosen_BNU, self.experts) if found.active_BNH is None else (found.active_BNH, self.active)
+        chosen_TU = chosen.flatten(0, 1).double()
+        kept[layer] = torch.stack((torch.full_like(chosen_TU[0], len(chosen_TU)), chosen_TU.sum(0)), dim=-1)
         return found.scores_BNU
 
     def residual(self, layer: int, x: Tensor) -> None:
@@ -175,9 +178,24 @@ def probed(model: Model, batch: Batch, num_queries: int | None = QUERIES) -> Att
     return found
 
 
-def head_numbers(model: Model) -> list[list[int]]:
-    """The numbers of each layer's heads, in the order in which it keeps them."""
-    return [block.mixer.head_numbers for block in model.layers.values()]
+@dataclass(frozen=True)
+class Numbers:
+    """What there is in the layers of a whole model.
+
+    Attributes:
+        heads: of each layer the numbers of its heads, in the order in which it keeps them.
+        experts: of each layer how many there are to be chosen from; 0 where none are.
+    """
+
+    heads: list[list[int]]
+    experts: list[int]
+
+    @classmethod
+    def of(cls, model: Model) -> Numbers:
+        blocks = list(model.layers.values())
+        balances = [block.feedforward.balance for block in blocks]
+        experts = [0 if balance is None else balance.num_units for balance in balances]
+        return cls([block.mixer.head_numbers for block in blocks], experts)
 
 
 def _blocks(weights: AttentionMap, places_R: Tensor) -> Iterator[Tensor]:
@@ -205,31 +223,35 @@ class Tally:
     Attributes:
         head_sums: `[L, H, len(SUMS) + WINDOW]` fp64; H of the layer that has most, 0 for heads that are not there.
         layer_sums: `[L, 2]` fp64: norms of first tokens over the median norm, and the number of rows.
+        expert_sums: `[L, E, 2]` fp64, E of the layer that has most: tokens, and those that chose an expert.
         maxima: `[L, H + 1]` fp64: logits of heads, and the residual stream's magnitude; -inf where nothing was seen.
     """
 
     head_sums: Tensor
     layer_sums: Tensor
+    expert_sums: Tensor
     maxima: Tensor
 
     @classmethod
-    def empty(cls, num_layers: int, num_heads: int) -> Tally:
+    def empty(cls, numbers: Numbers) -> Tally:
         """Of nothing; on the CPU."""
+        num_layers, num_heads = len(numbers.heads), max(map(len, numbers.heads))
         return cls(
             torch.zeros(num_layers, num_heads, len(SUMS) + WINDOW, dtype=torch.float64),
             torch.zeros(num_layers, 2, dtype=torch.float64),
+            torch.zeros(num_layers, max(numbers.experts), 2, dtype=torch.float64),
             torch.full((num_layers, num_heads + 1), -torch.inf, dtype=torch.float64),
         )
 
     @classmethod
-    def of(cls, probe: AttentionProbe, head_numbers: list[list[int]], share: int = 0) -> Tally:
+    def of(cls, probe: AttentionProbe, of_model: Numbers, share: int = 0) -> Tally:
         """What a probe has seen; on the CPU.
 
         Args:
-            head_numbers: of each layer; see the function of that name.
-            share: which of equal shares of each layer's heads it has seen.
+            share: which of equal shares of each layer's heads it has seen. What is the same whoever has which heads is
+                that of the first.
         """
-        tally = cls.empty(len(head_numbers), max(map(len, head_numbers)))
+        tally, head_numbers = cls.empty(of_model), of_model.heads
 
         def numbers(layer: int, count: int) -> list[int]:
             return head_numbers[layer][share * count : (share + 1) * count]
@@ -240,6 +262,8 @@ class Tally:
             tally.maxima[layer, heads] = probe.logit_max[layer]
         for layer, active_H2 in probe.active.items():
             tally.head_sums[layer, numbers(layer, len(active_H2)), len(SUMS) - 2 : len(SUMS)] = active_H2
+        for layer, chosen_E2 in probe.experts.items():
+            tally.expert_sums[layer, : len(chosen_E2)] = chosen_E2 * (share == 0)
         for layer, columns_WHT in probe.columns.items():
             heads = numbers(layer, columns_WHT.shape[1])
             alpha_WHT = sink_scores(columns_WHT)
@@ -258,6 +282,7 @@ class Tally:
         """Take in what was found in other rows."""
         self.head_sums += other.head_sums
         self.layer_sums += other.layer_sums
+        self.expert_sums += other.expert_sums
         self.maxima = torch.maximum(self.maxima, other.maxima)
 
     def diagnosis(self) -> Diagnosis:
@@ -280,7 +305,12 @@ class Tally:
         }
         heads = there_LH.sum(1).tolist()
         rate = None if windows.sum() == 0 else (sinks.sum() / windows.sum()).item()
-        return Diagnosis(heads, by_head, rate, (sinks.sum(1) / windows.sum(1)), maxima[:, -1], ratio / ratios)
+        looked_LE, chose_LE = self.expert_sums.unbind(-1)
+        loads = [
+            (chose_E[looked_E > 0] / looked_E[looked_E > 0]).tolist()
+            for looked_E, chose_E in zip(looked_LE, chose_LE, strict=True)
+        ]
+        return Diagnosis(heads, by_head, loads, rate, (sinks.sum(1) / windows.sum(1)), maxima[:, -1], ratio / ratios)
 
 
 @dataclass(frozen=True)
@@ -290,6 +320,7 @@ class Diagnosis:
     Attributes:
         heads: of each layer; 0 where its mixer has no attention weights.
         by_head: name -> `[L, H]`, of the names in docs/diagnostics.md; heads by their numbers.
+        expert_loads: for each layer, which part of the tokens chose each expert; empty where none are chosen.
         sink_rate: of (window, layer, head), the share with a sink at the first token; None without a window.
         sink_rates: `[L]`, the same of each layer.
         residual_max: `[L]`, the largest magnitude in the residual stream that enters the layer.
@@ -298,6 +329,7 @@ class Diagnosis:
 
     heads: list[int]
     by_head: dict[str, Tensor]
+    expert_loads: list[list[float]]
     sink_rate: float | None
     sink_rates: Tensor
     residual_max: Tensor

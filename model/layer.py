@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -26,7 +26,11 @@ Crossing = Literal["state", "kv", "heads", "none"]
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the model a layer stands and what it shares with the others. Indices are global."""
+    """Where in the model a layer stands and what it shares with the others. Indices are global.
+
+    Attributes:
+        feedforwards: name -> (class, its settings), for feed-forwards that are made of others.
+    """
 
     layer: int
     num_layers: int
@@ -36,6 +40,7 @@ class Site:
     bias: bool = False
     init_std: float = 0.02
     output_init_std: float = 0.02
+    feedforwards: Mapping[str, tuple[type[FeedForward], Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,11 @@ class FeedForward(Layer):
     def balance(self) -> Balance | None:
         """How evenly its experts are to be chosen, where it has a router."""
         return None
+
+    @property
+    def z_loss_weight(self) -> float:
+        """What the mean of logsumexp(scores)^2 of its router weighs in the loss."""
+        return 0.0
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """`[B, N, D]` -> `[B, N, D]`; as an expert, `[T, D]` -> `[T, D]`, of tokens in any order."""

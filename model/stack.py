@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.cache import Cache
 from model.config import Architecture
 from model.context import Context, WholeHeads, WholeSequence
+from model.dispatch import WholeExperts
 from model.initialisation import Init, Normal
 from model.norms import make_norm
 from model.observer import Observer
@@ -79,8 +80,9 @@ class Model(nn.Module):
         self.embedding_scale = math.sqrt(m.d_model) if m.embedding_scale == "sqrt" else m.embedding_scale
         # Whoever spreads the sequence over processes puts another in its place.
         self.cut = WholeSequence()
-        # Whoever spreads the heads.
+        # Whoever spreads the heads, or the experts.
         self.heads = WholeHeads()
+        self.experts = WholeExperts()
         # Whoever wants to see what happens inside of the blocks.
         self.observer: Observer | None = None
 
@@ -147,7 +149,7 @@ class Model(nn.Module):
             )
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
-        ctx.observer, ctx.heads = self.observer, self.heads
+        ctx.observer, ctx.heads, ctx.experts = self.observer, self.heads, self.experts
         if not causal:
             self._check_bidirectional()
         for block in self.layers.values():

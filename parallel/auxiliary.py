@@ -48,14 +48,8 @@ class OneForward(Observer):
         self.closed = True
 
 
-class AuxiliaryLoss(Protocol):
-    """One of these losses.
-
-    Attributes:
-        name: of its value among the metrics.
-    """
-
-    name: str
+class Watcher(Protocol):
+    """Whoever sees the forward passes of training steps."""
 
     def begin(self, facts: StepFacts) -> None:
         """A training step begins."""
@@ -64,6 +58,16 @@ class AuxiliaryLoss(Protocol):
     def one_forward(self) -> OneForward:
         """The observer of a forward pass that begins: under a pipeline several are under way."""
         ...
+
+
+class AuxiliaryLoss(Watcher, Protocol):
+    """One of these losses.
+
+    Attributes:
+        name: of its value among the metrics.
+    """
+
+    name: str
 
     def finish(self) -> float:
         """Its weighted value over the global batch. Collective."""
@@ -94,12 +98,12 @@ class _Several(OneForward):
 
 
 @contextmanager
-def watching(stages: Sequence[Model], losses: Sequence[AuxiliaryLoss]) -> Iterator[None]:
+def watching(stages: Sequence[Model], watchers: Sequence[Watcher]) -> Iterator[None]:
     """Meanwhile every forward pass of these stages is a part of a training step."""
 
     def begin(stage: nn.Module, args: tuple[Any, ...]) -> None:
         assert stage.observer is None, "a training step has one observer"
-        stage.observer = _Several([loss.one_forward() for loss in losses])
+        stage.observer = _Several([watcher.one_forward() for watcher in watchers])
 
     def end(stage: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         observer = stage.observer
@@ -108,7 +112,7 @@ def watching(stages: Sequence[Model], losses: Sequence[AuxiliaryLoss]) -> Iterat
         observer.close()
 
     hooks = []
-    for stage in stages if losses else ():
+    for stage in stages if watchers else ():
         hooks += [stage.register_forward_pre_hook(begin), stage.register_forward_hook(end)]
     try:
         yield

@@ -72,6 +72,19 @@ class Trade(torch.autograd.Function):
         return Trade.apply(grad, *ctx.back), None, None, None, None
 
 
+class ExchangeRows(torch.autograd.Function):
+    """Rows `[R, D]`, so many in a row to each rank of a group -> those that come from each. Backward goes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+        ctx.back = (received, sent, group)
+        return _ops.wait_tensor(_ops.all_to_all_single(x_RD.contiguous(), received, sent, group))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        return ExchangeRows.apply(grad_RD, *ctx.back), None, None, None
+
+
 class SumPiece(torch.autograd.Function):
     """Summands of a whole sequence -> a piece of their sum. Backward gathers."""
 

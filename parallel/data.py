@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from model.feedforward.experts import Experts
 from model.initialisation import draw
 from model.stack import Model, all_inits
 
@@ -19,14 +20,15 @@ View = Callable[[str, Tensor], Tensor]
 """From a parameter's name and what this process has of it to the parameter as a part of the whole model's."""
 
 
-def shard(model: Model, mesh: DeviceMesh, *, bf16: bool, keep_gathered: bool = False) -> None:
-    """Shard the model's parameters over the mesh, block by block.
+def shard(model: Model, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, bf16: bool, keep_gathered: bool = False) -> None:
+    """Shard the model's parameters over the mesh, block by block, and those of experts over theirs.
 
     One path for all: plain replication is a mesh whose `dp_shard` is 1 (unlike DDP, its reductions do not change
     their order after the first step, so a resumed run stays bit-equal). A process alone in full precision needs no
     wrapping at all. With `bf16`, parameters stay fp32 and are cast when gathered; gradients are reduced in fp32.
 
     Args:
+        expert_mesh: of the ranks with the same experts; where it is the mesh itself, experts go with their blocks.
         keep_gathered: between forward and backward. A pipeline would gather again for every micro-batch, and torch's
             zero-bubble schedules compute wrong gradients, without a word, when parameters are put back in between.
     """
@@ -39,6 +41,9 @@ def shard(model: Model, mesh: DeviceMesh, *, bf16: bool, keep_gathered: bool = F
             if getattr(module, "keep_fp32", False):
                 fully_shard(module, mesh=mesh, mp_policy=wide, reshard_after_forward=not keep_gathered)
     for block in model.layers.values():
+        for module in block.modules() if expert_mesh != mesh else ():
+            if isinstance(module, Experts):
+                fully_shard(module, mesh=expert_mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
 

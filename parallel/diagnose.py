@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model.batch import Batch
-from model.diagnostics import QUERIES, AttentionProbe, Diagnosis, Sample, Tally, head_numbers
+from model.diagnostics import QUERIES, AttentionProbe, Diagnosis, Numbers, Sample, Tally
 from parallel.collectives import sum_lists
 from parallel.spread import Spread
 
@@ -31,14 +31,11 @@ def diagnose(model: Spread, batch: Batch, *, rows: int = 1, num_queries: int | N
     probe = AttentionProbe(sample, model.stream_begin(batch.tokens.shape[1]))
     model.observe(batch, probe)
     _complete_rows(model, probe)
-    tally = Tally.of(probe, head_numbers(model.uncut), model.mesh.rank("tp"))
+    tally = Tally.of(probe, Numbers.of(model.uncut), model.mesh.rank("tp"))
     # By gloo, from the CPU: two messages for all of it.
-    sums = torch.cat([tally.head_sums.flatten(), tally.layer_sums.flatten()])
-    dist.all_reduce(sums)
+    sum_lists([tally.head_sums, tally.layer_sums, tally.expert_sums], dist.group.WORLD)
     dist.all_reduce(tally.maxima, dist.ReduceOp.MAX)
-    parts = sums.split([tally.head_sums.numel(), tally.layer_sums.numel()])
-    whole = Tally(parts[0].view_as(tally.head_sums), parts[1].view_as(tally.layer_sums), tally.maxima)
-    return whole.diagnosis()
+    return tally.diagnosis()
 
 
 def _complete_rows(model: Spread, probe: AttentionProbe) -> None:

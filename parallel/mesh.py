@@ -111,21 +111,12 @@ def layout_faults(
     faults += _model_faults(layout, architecture)
     faults += _schedule_faults(config, layout, architecture, compiled)
     faults += _sequence_faults(config, layout, architecture, seq_len, isolate_documents)
-    if (layout.dp_shard * layout.cp) % layout.ep:
-        faults.append(
-            f"parallel.ep = {layout.ep} does not divide dp_shard x cp = {layout.dp_shard} x {layout.cp}: "
-            f"the largest ep that does is {largest_divisor(layout.dp_shard * layout.cp, layout.ep)}."
-        )
-    return faults
+    return faults + _expert_faults(layout, architecture)
 
 
 def unbuilt_faults(config: ParallelConfig) -> list[str]:
     """What is legal, but not carried by this version."""
     faults = []
-    if config.ep > 1:
-        faults.append(
-            f"parallel.ep = {config.ep}: this version spreads over dp_replicate, dp_shard, pp, cp and tp; set ep = 1."
-        )
     if config.engine != "torch":
         faults.append(f'parallel.engine = "{config.engine}": this version has the engine "torch" only.')
     return faults
@@ -225,6 +216,31 @@ def _model_faults(layout: Layout, architecture: Architecture) -> list[str]:
     return faults
 
 
+def _expert_faults(layout: Layout, architecture: Architecture) -> list[str]:
+    """Why experts cannot be spread so."""
+    shards, ep = layout.dp_shard * layout.cp, layout.ep
+    counts = {
+        f"feedforwards.{name}.num_experts": settings.num_experts
+        for name, (_, settings) in architecture.feedforwards.items()
+        if hasattr(settings, "num_experts")
+    }
+    if ep > 1 and not counts:
+        return [f"parallel.ep = {ep}, but no feed-forward of this model has experts: set ep = 1."]
+    legal = next(size for size in range(ep, 0, -1) if all(n % size == 0 for n in (shards, *counts.values())))
+    faults = []
+    if shards % ep:
+        faults.append(
+            f"parallel.ep = {ep} does not divide dp_shard x cp = {layout.dp_shard} x {layout.cp}: the largest ep that "
+            f"fits this model is {legal}."
+        )
+    faults += [
+        f"parallel.ep = {ep} does not divide {key} = {count}: the largest ep that fits this model is {legal}."
+        for key, count in counts.items()
+        if count % ep
+    ]
+    return faults
+
+
 def _sequence_faults(
     config: ParallelConfig, layout: Layout, architecture: Architecture, seq_len: int, isolate_documents: bool
 ) -> list[str]:
@@ -315,12 +331,18 @@ class Mesh:
             `shards` is dp_shard x cp, since ranks with other pieces of a sequence differ in their tokens as well.
         tensors: `[dp_replicate, tp, shards]`, the order in which a parameter is cut: its tp share first, and that among
             the ranks with other tokens.
+        experts: ep ranks that are neighbours among the shards, each of which has other experts. One alone: None.
+        expert_data, expert_tensors: as `data` and `tensors`, of the ranks that have the same experts, which are all of
+            them without expert parallelism.
     """
 
     layout: Layout
     whole: DeviceMesh
     data: DeviceMesh
     tensors: DeviceMesh
+    experts: ProcessGroup | None
+    expert_data: DeviceMesh
+    expert_tensors: DeviceMesh
 
     def rank(self, name: str) -> int:
         """This process's place along one dimension."""
@@ -329,6 +351,12 @@ class Mesh:
     def group(self, name: str) -> ProcessGroup:
         """The processes along one dimension through this one."""
         return self.whole.get_group(name)
+
+    @property
+    def expert_rank(self) -> int:
+        """Which share of the experts this process has."""
+        shard = self.rank("dp_shard") * self.layout.cp + self.rank("cp")
+        return shard % self.layout.ep
 
     @property
     def data_rank(self) -> int:
@@ -361,5 +389,22 @@ def build_mesh(layout: Layout, device_type: str) -> Mesh:
     def mesh_of(ranks: Tensor, *order: str) -> DeviceMesh:
         return DeviceMesh.from_group([groups[name] for name in order], device_type, mesh=ranks, mesh_dim_names=order)
 
-    data = mesh_of(ranks[:, :, whole.get_local_rank("tp")], "dp_replicate", "shards")
-    return Mesh(layout, whole, data, mesh_of(ranks.transpose(1, 2), "dp_replicate", "tp", "shards"))
+    tp_rank, ep = whole.get_local_rank("tp"), layout.ep
+    data = mesh_of(ranks[:, :, tp_rank], "dp_replicate", "shards")
+    tensors = mesh_of(ranks.transpose(1, 2), "dp_replicate", "tp", "shards")
+    if ep == 1:
+        return Mesh(layout, whole, data, tensors, None, data, tensors)
+    among = init_device_mesh(
+        device_type,
+        (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp // ep, ep, layout.tp),
+        mesh_dim_names=("pp", "dp_replicate", "expert_shards", "ep", "tp"),
+    )
+    experts = among.get_group("ep")
+    if experts.group_name == groups["shards"].group_name:
+        experts = new_group()  # All ranks; as above.
+    groups["expert_shards"] = among.get_group("expert_shards")
+    # [dp_replicate, expert_shards, tp]: those of them that have this one's experts.
+    ranks = ranks.unflatten(1, (-1, ep))[:, :, among.get_local_rank("ep")]
+    expert_data = mesh_of(ranks[:, :, tp_rank], "dp_replicate", "expert_shards")
+    expert_tensors = mesh_of(ranks.transpose(1, 2), "dp_replicate", "tp", "expert_shards")
+    return Mesh(layout, whole, data, tensors, experts, expert_data, expert_tensors)

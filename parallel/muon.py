@@ -86,7 +86,9 @@ class Muon(torch.optim.Optimizer):
     ):
         self.model, self.names, self.adamw = model, sorted(names), adamw
         self.momentum, self.nesterov, self.ns_steps, self.adjust_lr = momentum, nesterov, ns_steps, adjust_lr
-        self.holders = Holders(model.mesh.tensors)
+        meshes = {name: model.holders(name) for name in self.names}
+        known = {mesh: Holders(mesh) for mesh in meshes.values()}
+        self.holders = {name: known[mesh] for name, mesh in meshes.items()}
         matrices = [model.parameters[name] for name in self.names]
         super().__init__([{"params": matrices}], {"lr": lr, "weight_decay": weight_decay})
         # The same objects, so that a learning rate set in a group is set for whoever updates by it.
@@ -104,44 +106,51 @@ class Muon(torch.optim.Optimizer):
         for name in trained:
             gradient, momentum = self._gradient_and_momentum(name)
             momentum.lerp_(gradient, 1 - self.momentum)
-        rounds = self._rounds(trained)
-        for first in range(0, len(rounds), self.holders.replicas):
-            self._update(rounds[first : first + self.holders.replicas])
+        replicas = self.model.layout.dp_replicate
+        for rounds in self._rounds(trained):
+            for first in range(0, len(rounds), replicas):
+                self._update(rounds[first : first + replicas])
         self.adamw.step()
 
-    def _rounds(self, names: list[str]) -> list[list[str]]:
-        """What the holders of matrices compute at one time: one each, all of one shape and cut in the same way.
+    def _rounds(self, names: list[str]) -> list[list[list[str]]]:
+        """By who holds them, what the holders of matrices compute at one time: one each, all of one shape and cut in
+        the same way.
 
-        Nobody ever has more than a few whole matrices. The rounds are the same on all of them.
+        Nobody ever has more than a few whole matrices. The rounds are the same on all of their holders.
         """
-        alike: dict[tuple[torch.Size, int | None], list[str]] = {}
+        rounds: dict[Holders, list[list[str]]] = {}
+        alike: dict[tuple[Holders, torch.Size, int | None], list[str]] = {}
         for name in names:
-            alike.setdefault((self.model.cuts.shapes[name], self.model.cuts.dimensions[name]), []).append(name)
-        size = self.holders.size
-        return [names[first : first + size] for names in alike.values() for first in range(0, len(names), size)]
+            key = (self.holders[name], self.model.cuts.shapes[name], self.model.cuts.dimensions[name])
+            alike.setdefault(key, []).append(name)
+        for (holders, *_), found in alike.items():
+            several = [found[first : first + holders.size] for first in range(0, len(found), holders.size)]
+            rounds.setdefault(holders, []).extend(several)
+        return list(rounds.values())
 
     def _update(self, rounds: list[list[str]]) -> None:
         """Every replica computes one of these rounds; all take what came of each."""
-        mine = self.holders.replica
+        holders = self.holders[rounds[0][0]]
+        mine = holders.replica
         computed = self._computed(rounds[mine]) if mine < len(rounds) else None
         for replica, names in enumerate(rounds):
             updates = computed if replica == mine and computed is not None else self._no_pieces(names[0])
-            self.holders.copy_from_replica(replica, updates)
+            holders.copy_from_replica(replica, updates)
             for name, update in zip(names, updates, strict=False):
                 self._apply(name, update)
 
     def _computed(self, names: list[str]) -> Tensor:
         """The orthogonalised matrices of a round, of each this process's piece `[holders, rows, columns]`."""
         shape, dimension = self.model.cuts.shapes[names[0]], self.model.cuts.dimensions[names[0]]
-        pieces = self._no_pieces(names[0])
+        holders, pieces = self.holders[names[0]], self._no_pieces(names[0])
         for piece, name in zip(pieces, names, strict=False):
             gradient, momentum = self._gradient_and_momentum(name)
             direction = gradient.lerp(momentum, self.momentum) if self.nesterov else momentum
             piece[: len(direction)] = direction
-        matrix = self.holders.gather(pieces, shape, dimension)
-        if self.holders.index < len(names):
+        matrix = holders.gather(pieces, shape, dimension)
+        if holders.index < len(names):
             matrix = orthogonalise(matrix, self.ns_steps)
-        return self.holders.hand_out(matrix, dimension)
+        return holders.hand_out(matrix, dimension)
 
     def _apply(self, name: str, update: Tensor) -> None:
         group = self.param_groups[0]
@@ -158,7 +167,7 @@ class Muon(torch.optim.Optimizer):
 
     def _no_pieces(self, name: str) -> Tensor:
         """Zeros for the pieces of a round of matrices like this one."""
-        shape = self.holders.pieces_shape(self.model.cuts.shapes[name], self.model.cuts.dimensions[name])
+        shape = self.holders[name].pieces_shape(self.model.cuts.shapes[name], self.model.cuts.dimensions[name])
         return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
 
 

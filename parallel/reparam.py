@@ -141,15 +141,14 @@ class SigmaReparam(PlainWeights):
     @torch.no_grad()
     def begin(self, *, as_they_are: bool = False) -> None:
         # One process of those that hold them between them finds the vectors of a matrix; they take turns.
-        holders = self.model.mesh.tensors.mesh.flatten().tolist()
-        mine = holders.index(dist.get_rank())
         for tensor in (self.u, self.v, self.sigma):
             tensor.zero_()
         for index, matrix in enumerate(self.matrices):
             if matrix.parts[0] not in self.model.parameters:
                 continue
             parts = [_full(self.model.whole(name, self.model.parameters[name])) for name in matrix.parts]
-            if index % len(holders) == mine:
+            holders = self.model.holders(matrix.parts[0]).mesh.flatten().tolist()
+            if holders[index % len(holders)] == dist.get_rank():
                 sigma, v, u = largest_singular(torch.cat(parts), self.config.vectors)
                 self.sigma[index] = sigma
                 self.v[self._v_slices[index]] = v

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -17,12 +18,13 @@ from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
 from model.observer import Observer
 from model.reparam import ReparamConfig
 from model.stack import Model
-from parallel.auxiliary import AuxiliaryLoss, StepFacts, watching
-from parallel.balance import ChoiceCounter, SpreadBalance
+from parallel.auxiliary import AuxiliaryLoss, StepFacts, Watcher, watching
+from parallel.balance import ChoiceCounter, SelectionBias, SpreadBalance, router_losses
 from parallel.collectives import sum_lists
 from parallel.context import SequenceCut
-from parallel.data import initialise, local, release_gathered, shard, synchronise_gradients
+from parallel.data import held, initialise, local, release_gathered, shard, synchronise_gradients
 from parallel.entropy import SpreadEntropyPenalty, threshold_name
+from parallel.experts import SpreadExperts, expert_names, keep_share
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, observed, recompute_blocks
@@ -69,13 +71,16 @@ def spread(
     for stage in stages:
         if precision == "fp64":
             stage.double()
+        if mesh.experts is not None:
+            keep_share(stage, mesh.expert_rank, layout.ep)
+            stage.experts = SpreadExperts(mesh.experts.group_name, layout.ep)
         cuts.append(Cuts.none(stage) if region is None else cut(stage, region))
         if layout.cp > 1:
             stage.cut = SequenceCut(mesh.group("cp").group_name, mesh.rank("cp"), layout.cp)
         recompute_blocks(stage, recompute)
         if compiled:
             compile_blocks(stage)
-        shard(stage, mesh.data, bf16=precision == "bf16", keep_gathered=layout.pp > 1)
+        shard(stage, mesh.data, mesh.expert_data, bf16=precision == "bf16", keep_gathered=layout.pp > 1)
     return Spread(uncut, mesh, device, stages, cuts, region, DTYPES[precision], reparam or ReparamConfig())
 
 
@@ -119,8 +124,10 @@ class Spread:
         self.kept: dict[str, Tensor] = {}
         self.reparam = SigmaReparam(self, reparam) if reparam.kind == "sigma" else PlainWeights()
         self.auxiliary: dict[str, float] = {}
-        self._balance = SpreadBalance.of(uncut, mesh, device)
-        self._losses: list[AuxiliaryLoss] = [] if self._balance is None else [self._balance]
+        self._losses: list[AuxiliaryLoss] = [*router_losses(uncut, mesh, device)]
+        self._selection = SelectionBias(uncut, mesh)
+        self._of_experts = expert_names(uncut)
+        self._untrained = {name for name, parameter in uncut.named_parameters() if not parameter.requires_grad}
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -148,6 +155,10 @@ class Spread:
             return cross_entropy
         return VocabularyCrossEntropy(self._region, self.architecture.model.vocab_size)
 
+    def holders(self, name: str) -> DeviceMesh:
+        """Those that have a parameter between them: `[dp_replicate, tp, shards]`."""
+        return self.mesh.expert_tensors if name in self._of_experts else self.mesh.tensors
+
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor like the parameter `name` (itself, its gradient, a moment) as a part of the whole model's.
 
@@ -165,7 +176,7 @@ class Spread:
         shape = self.cuts.shapes[name]
         return DTensor.from_local(
             local(tensor.detach()),
-            self.mesh.tensors,
+            self.holders(name),
             placements,
             run_check=False,
             shape=shape,
@@ -206,7 +217,7 @@ class Spread:
         """Train all parameters but these, of the whole model's."""
         self.frozen = names
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name not in names)
+            parameter.requires_grad_(name not in names | self._untrained)
         for name, parameter in self.beside.items():
             parameter.requires_grad_(name not in names)
         self.reparam.freeze(names)
@@ -232,12 +243,15 @@ class Spread:
         facts = StepFacts(len(batch.tokens) * self.layout.data_parallel, self.gradient_divisor)
         batch, scale = self._piece(batch), scale * self.gradient_divisor
         self._count_choices(batch)
-        for loss in self._losses:
-            loss.begin(facts)
-        with watching(self.stages, self._losses):
+        watchers: list[Watcher] = [*self._losses, *([self._selection] if self._selection.layers else [])]
+        for watcher in watchers:
+            watcher.begin(facts)
+        with watching(self.stages, watchers):
             nats = self._train(batch, objective, scale)
         self._finish_gradients()
         self.auxiliary = {loss.name: loss.finish() for loss in self._losses}
+        if self._selection.layers:
+            self._selection.finish()
         return nats.item() if self._speaks else 0.0
 
     def _train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
@@ -255,11 +269,13 @@ class Spread:
     @torch.no_grad()
     def _count_choices(self, batch: Batch) -> None:
         """How often routers choose each unit, where training on this batch has to know it. Collective."""
-        if self._balance is None or not self._balance.counts_first:
+        balances = [loss for loss in self._losses if isinstance(loss, SpreadBalance) and loss.counts_first]
+        if not balances:
             return
         counter = ChoiceCounter(self.mesh)
         self._show(list(batch.micro_batches(self.layout.microbatches)), counter)
-        self._balance.take_counts(counter)
+        for balance in balances:
+            balance.take_counts(counter)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> float:
@@ -317,6 +333,10 @@ class Spread:
 
     def _finish_gradients(self) -> None:
         """Add up what the backward passes of different ranks have of one parameter's gradient. Collective."""
+        if self.layout.ep > 1:
+            # The gradients of experts were divided by fewer ranks: what they had of other ranks came with the tokens.
+            found = [self.parameters[name].grad for name in self._of_experts & self.parameters.keys()]
+            torch._foreach_div_([local(gradient) for gradient in found if gradient is not None], self.layout.ep)
         if self.cuts.summed:
             gradients = [self.parameters[name].grad for name in sorted(self.cuts.summed & self.parameters.keys())]
             sum_lists([local(gradient) for gradient in gradients if gradient is not None], self.mesh.group("tp"))
@@ -345,6 +365,15 @@ class Spread:
                 local(original.grad).add_(received)
         if copied is not None:
             copied.grad = None
+
+    @torch.no_grad()
+    def finish_update(self) -> None:
+        """An optimizer has changed the parameters: what follows them, or moves once in each update. Collective."""
+        for name, move in self._selection.moves.items():
+            if name in self.parameters and name not in self.frozen:
+                here, rows, _ = held(self.whole(name, self.parameters[name]))
+                here += move[rows.start : rows.stop].to(here)
+        self.update_copies()
 
     @torch.no_grad()
     def update_copies(self) -> None:

@@ -15,6 +15,8 @@ BY_HEAD = ("entropy", "entropy_norm", "logit_max", "effective_keys", "sink", "si
 """Keys of `diagnostics` with a row for each layer and in it a number for each head."""
 LOAD = "load"
 """The same, where heads are chosen: for which part of the tokens a head runs."""
+EXPERT_LOAD = "expert_load"
+"""For each layer with experts, and in it for each of them: which part of the tokens chooses it."""
 BY_LAYER = ("residual_max", "first_norm_ratio")
 """Keys with a number for each layer."""
 SPECTRAL = ("sigma", "gain")
@@ -58,6 +60,8 @@ def scalars(found: Diagnosis) -> dict[str, float | None]:
         told["attention_logit_max"] = found.by_head["logit_max"].max().item()
     if loads := [load for row in head_loads(found) for load in row]:
         told["head_load_min"] = min(loads)
+    if loads := [load for row in found.expert_loads for load in row]:
+        told["expert_load_min"], told["expert_load_max"] = min(loads), max(loads)
     told["residual_max"] = found.residual_max.max().item()
     return told
 
@@ -67,16 +71,19 @@ def head_loads(found: Diagnosis) -> list[list[float]]:
     return [[] if row is None or row[0] != row[0] else row for row in found.rows(LOAD)]
 
 
-def unchosen_heads(record: dict[str, Any]) -> str:
-    """A sentence that names the heads which no token that was looked at has chosen; empty where there are none."""
-    rows = record.get("diagnostics", {}).get(LOAD) or []
-    idle = {layer: [head for head, load in enumerate(row or []) if load == 0] for layer, row in enumerate(rows)}
-    named = [f"{', '.join(map(str, heads))} of layer {layer}" for layer, heads in idle.items() if heads]
-    if not named:
-        return ""
-    return (
-        f"no token that was looked at chose heads {'; '.join(named)}: raise balance_weight of the mixer if it stays so"
-    )
+def unchosen(record: dict[str, Any]) -> list[str]:
+    """Sentences that name the heads and experts which no token that was looked at has chosen."""
+    sentences = []
+    for key, what, owner in ((LOAD, "heads", "mixer"), (EXPERT_LOAD, "experts", "feed-forward")):
+        rows = record.get("diagnostics", {}).get(key) or []
+        idle = {layer: [unit for unit, load in enumerate(row or []) if load == 0] for layer, row in enumerate(rows)}
+        named = [f"{', '.join(map(str, units))} of layer {layer}" for layer, units in idle.items() if units]
+        if named:
+            sentences.append(
+                f"no token that was looked at chose {what} {'; '.join(named)}: raise balance_weight of the {owner} if "
+                "it stays so"
+            )
+    return sentences
 
 
 def _lowest_mean(found: Diagnosis, name: str) -> float | None:
@@ -91,6 +98,8 @@ def tables(found: Diagnosis) -> dict[str, Any]:
         told[name] = [None if row is None else [_short(value) for value in row] for row in found.rows(name)]
     if any(head_loads(found)):
         told[LOAD] = [[_short(load) for load in row] or None for row in head_loads(found)]
+    if any(found.expert_loads):
+        told[EXPERT_LOAD] = [[_short(load) for load in row] or None for row in found.expert_loads]
     for name in BY_LAYER:
         told[name] = [_short(value) for value in getattr(found, name).tolist()]
     return told
@@ -113,12 +122,16 @@ def _short(value: float) -> float | int | None:
 
 def layer_means(diagnostics: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """(`attention_entropy/layer_00`, value), ...: the mean over heads of each layer, for what draws single numbers; the
-    least load of a head, and `sigma` and `gain` of each matrix."""
+    least load of a head, the least and largest of an expert, and `sigma` and `gain` of each matrix."""
     for key in SPECTRAL:
         yield from ((f"{key}/{name}", value) for name, value in diagnostics.get(key, {}).items() if value is not None)
     for layer, row in enumerate(diagnostics.get(LOAD, [])):
         if row:
             yield f"head_load_min/layer_{layer:02d}", min(row)
+    for layer, row in enumerate(diagnostics.get(EXPERT_LOAD, [])):
+        if row:
+            yield f"expert_load_min/layer_{layer:02d}", min(row)
+            yield f"expert_load_max/layer_{layer:02d}", max(row)
     for name in (*BY_HEAD, *BY_LAYER):
         if name == "sink_argmax":
             continue  # a mean of places means nothing

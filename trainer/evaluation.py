@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model.config import ModelConfig
-from model.diagnostics import Diagnosis, Tally, head_numbers, probed
+from model.diagnostics import Diagnosis, Numbers, Tally, probed
 from model.hf.loading import load_source
 from model.hf.source import Source, open_model
 from model.objective import NextToken, loss_sum
@@ -169,8 +169,8 @@ def diagnose(
                 + (f"--seq-len {data.tokens - 1} fits." if data.tokens > 1 else "there is nothing to look at.")
             )
     model = load_source(source, device=device, allow_code=allow_code)
-    numbers = head_numbers(model)
-    tally, tokens = Tally.empty(len(numbers), max(map(len, numbers))), 0
+    numbers = Numbers.of(model)
+    tally, tokens = Tally.empty(numbers), 0
     for data in sources.values():
         # What fills up the last row is no text.
         for row in range(min(rows, (data.tokens - 1) // config.seq_len)):

@@ -21,7 +21,7 @@ from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, 
 from trainer.config import Config
 from trainer.data.evaluation import validation_sets
 from trainer.data.training import TrainingData
-from trainer.diagnostics import Diagnostics, unchosen_heads
+from trainer.diagnostics import Diagnostics, unchosen
 from trainer.metrics import MetricsLog, last_record
 from trainer.objective import add_auxiliary_losses
 from trainer.optimizer import build_optimizer
@@ -98,7 +98,7 @@ class Run:
             if record["skipped"]:
                 self.status.event("skipped", step=record["step"], loss=str(record["loss"]))
                 self.progress.note(f"step {record['step']}: loss or gradient is not finite, the update is skipped")
-            if idle := unchosen_heads(record):
+            for idle in unchosen(record):
                 self.progress.note(f"step {record['step']}: {idle}")
         self.progress.update(record)
 

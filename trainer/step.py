@@ -77,7 +77,7 @@ class Updater:
             set_learning_rate(self.optimizer, lr)
             with self.model.reparam.raw_weights():
                 self.optimizer.step()
-            self.model.update_copies()
+            self.model.finish_update()
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(loss, norm, skipped, stop=stops > 0, auxiliary=self.model.auxiliary)
 

@@ -4,4 +4,5 @@ FEEDFORWARDS = {
     "swiglu": "model.feedforward.gated:SwiGLU",
     "sglu": "model.feedforward.gated:SGLU",
     "gelu": "model.feedforward.mlp:GeluMLP",
+    "moe": "model.feedforward.moe:MoE",
 }

@@ -276,7 +276,9 @@ class MoH(Attention):
 
     @property
     def balance(self) -> Balance | None:
-        return Balance(self.config.balance_weight, self.config.balance_over, self.config.num_units)
+        # As the code has it that was released: averaged over layers, and K times the balance of `model.routing`.
+        units = self.config.num_units
+        return Balance(self.config.balance_weight * units, self.config.balance_over, units, shared_out=True)
 
     def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
         gates_BNH, active_BNH = self._gates(x, q_BNHd, ctx)
@@ -295,7 +297,7 @@ class MoH(Attention):
         chosen_BNU = choose(scores_BNU, self.config.active_units)
         active_BNH = self._by_head(torch.ones_like(chosen_BNU[..., :1]), chosen_BNU)
         if ctx.observer is not None:
-            scores_BNU = ctx.observer.routing(self.site.layer, Routing(scores_BNU, chosen_BNU, active_BNH))
+            scores_BNU = ctx.observer.routing(self.site.layer, Routing("mixer", scores_BNU, chosen_BNU, active_BNH))
         if self.route is None:
             probabilities_BNU = scores_BNU.softmax(-1)
             through_BNU = probabilities_BNU - probabilities_BNU.detach()

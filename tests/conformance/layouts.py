@@ -33,6 +33,8 @@ from trainer.step import Updater
 ROWS, LENGTH = 16, 24
 FEEDFORWARDS = {2: ["sglu", "gelu"], 4: ["swiglu", "gelu", "sglu", "swiglu"]}
 LR, CLIP = 0.01, 0.5
+EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert": "sglu", "balance_weight": 0.7, "z_loss_weight": 0.1}
+"""A mixture whose losses have a good part in every gradient."""
 
 Tensors = dict[str, torch.Tensor]
 Optimizer = Literal["adamw", "muon"]
@@ -105,10 +107,27 @@ PRODUCTS: dict[str, tuple[int, ParallelConfig]] = {
 }
 """Further products up to 8 processes, with accumulation and recomputation."""
 
+EXPERT_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "ep2": (2, ParallelConfig(ep=2)),
+    "ep4": (4, ParallelConfig(ep=4, microbatches=2)),
+    "ep2 x fsdp2": (4, ParallelConfig(ep=2)),
+    "ep2 x tp2": (4, ParallelConfig(tp=2, ep=2)),
+    "ep2 x pp2": (4, ParallelConfig(pp=2, ep=2)),
+    "ep2 on cp2": (2, ParallelConfig(cp=2, ep=2)),
+    "ep2 x cp2 x fsdp2": (8, ParallelConfig(cp=2, ep=2)),
+    "ep4 on cp2 x fsdp2 x tp2": (8, ParallelConfig(cp=2, tp=2, ep=4)),
+    "ep2 x hsdp2x2": (4, ParallelConfig(dp_replicate=2, ep=2, microbatches=2)),
+    "ep2 x tp2 x pp2": (8, ParallelConfig(tp=2, pp=2, ep=2, recompute="full")),
+    "ep2 x pp2 zbv": (4, ParallelConfig(pp=2, ep=2, pp_schedule="zbv")),
+    "ep2 x fsdp2, selective recomputation": (4, ParallelConfig(ep=2, recompute="selective", microbatches=2)),
+}
+"""With experts spread: ep regroups the ranks of dp_shard x cp, so in "ep2 on cp2" those of cp2 are the ranks of ep2."""
+KNOWN = LAYOUTS | PRODUCTS | EXPERT_LAYOUTS
+
 
 def depth(name: str, precision: str) -> int:
     """Layers of the model that is compared in a layout: as few as will do, and one at least for each stage."""
-    _, parallel = (LAYOUTS | PRODUCTS)[name]
+    _, parallel = KNOWN[name]
     stages = resolve_layout(parallel, 8).num_stages
     return max(stages, 4 if precision == "fp64" else 2)
 
@@ -123,6 +142,8 @@ class Case:
     In fp32 two layers are compared and in fp64 four: rounding inside forward grows with the depth, and in fp32 it comes
     near the bound where heads are few and their products small (as near for one process, against fp64).
 
+    `experts`: settings of a mixture of experts, which is then the feed-forward of the last layers.
+
     `entropy`: a penalty that is trained on beside the cross-entropy. `mixer`: what the example is changed by.
     """
 
@@ -135,14 +156,15 @@ class Case:
     reparam: dict[str, Any] = field(default_factory=dict)
     entropy: EntropyPenalty | None = None
     mixer: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
         """What is compared in a layout of that name: rows of one document where the layout wants them so."""
-        _, parallel = (LAYOUTS | PRODUCTS)[name]
+        _, parallel = KNOWN[name]
         crossings = {mixer_class(part).context for part in kind.split("+")}
         isolated = parallel.cp == 1 or "none" not in crossings
-        return cls(kind, num_layers=depth(name, precision), isolated=isolated)
+        return cls(kind, num_layers=depth(name, precision), isolated=isolated, experts=EXPERTS)
 
     def _changes(self, kind: str) -> dict[str, Any]:
         """In a hybrid, of the first mixer and others of its kind."""
@@ -152,12 +174,15 @@ class Case:
         """Width 32, a vocabulary that no tp divides, all feed-forwards; tied, with biases, unless `model` says else."""
         kinds = self.kind.split("+")
         names = kinds if len(kinds) > 1 else ["it"]
+        feedforwards = FEEDFORWARDS[min(self.num_layers, 4)]
+        if self.experts:
+            feedforwards = [*feedforwards[:-1], "moe"]
         settings: dict[str, Any] = {
             "d_model": D_MODEL,
             "num_layers": self.num_layers,
             "vocab_size": VOCAB,
             "pattern": names,
-            "feedforward_pattern": FEEDFORWARDS[min(self.num_layers, 4)],
+            "feedforward_pattern": feedforwards,
             "tie_embeddings": True,
             "bias": True,
             "init_std": 0.1,
@@ -170,6 +195,8 @@ class Case:
             },
             "feedforwards": {"swiglu": {"d_ff": 48}, "sglu": {"d_ff": 24}, "gelu": {"d_ff": 64}},
         }
+        if self.experts:
+            tables["feedforwards"]["moe"] = self.experts
         faults: list[str] = []
         _, built = build_architecture(tables, faults, allow_code=True)
         assert built is not None, faults
@@ -244,9 +271,9 @@ def told(model: Spread) -> dict[str, torch.nn.Parameter]:
     return model.parameters if model.mesh.rank("pp") else model.learned
 
 
-def speaks(model: Spread) -> bool:
-    """Whether this process, of those with the same stages, says what is in them."""
-    return not (model.mesh.data_rank or model.mesh.rank("cp") or model.mesh.rank("tp"))
+def spoken(model: Spread, tensors: Tensors) -> Tensors:
+    """Those that this process, of all that hold them with the same stages, says."""
+    return {name: x for name, x in tensors.items() if not any(model.holders(name).get_coordinate() or ())}
 
 
 def two_steps(
@@ -284,8 +311,8 @@ def two_steps(
         seen["evaluated"].append(nats.item())
     seen["parameters"] = whole(model, dict(told(model)))
     seen["beside"] = beside(model)
-    if not speaks(model):
-        seen["gradients"], seen["parameters"] = {}, {}
+    seen["gradients"] = spoken(model, seen["gradients"])
+    seen["parameters"] = spoken(model, seen["parameters"])
     return seen
 
 
@@ -385,14 +412,10 @@ def train_and_write(
                 local(tensor).zero_()
         writer.close()
         return {}
-    moments = {
-        f"{name}.{key}": whole(model, {name: moment})[name]
-        for name, parameter in told(model).items()
-        for key, moment in updater.optimizer.state[parameter].items()
-        if key != "step"
-    }
+    parameters, moments = spoken(model, whole(model, dict(told(model)))), {}
+    for name, parameter in told(model).items():
+        for key, moment in updater.optimizer.state[parameter].items():
+            if key != "step":
+                moments |= {f"{said}.{key}": x for said, x in spoken(model, whole(model, {name: moment})).items()}
     seen: dict[str, Any] = {"losses": [outcome.loss], "norms": [outcome.grad_norm]}
-    seen |= {"parameters": whole(model, dict(told(model))), "moments": moments, "beside": beside(model)}
-    if not speaks(model):
-        seen["parameters"], seen["moments"] = {}, {}
-    return seen
+    return seen | {"parameters": parameters, "moments": moments, "beside": beside(model)}

@@ -27,9 +27,8 @@ from parallel.entropy import threshold_name
 from tests.conformance.layouts import (
     BOUNDS,
     CLIP,
-    LAYOUTS,
+    KNOWN,
     LENGTH,
-    PRODUCTS,
     ROWS,
     Case,
     assert_equal,
@@ -161,7 +160,7 @@ def alone(pool: Pool) -> Alone:
 
 
 def compare(pool: Pool, alone: Alone, case: Case, name: str, precision: str = "fp64", **options: Any) -> None:
-    world_size, parallel = (LAYOUTS | PRODUCTS)[name]
+    world_size, parallel = KNOWN[name]
     case = replace(case, num_layers=depth(name, precision))
     found = pool.run(two_steps, world_size, case, parallel, precision, **options)
     assert_equal(found, alone(case, precision, **options), BOUNDS[precision])

@@ -14,8 +14,7 @@ import torch
 from parallel.config import ParallelConfig
 from tests.conformance.layouts import (
     BOUNDS,
-    LAYOUTS,
-    PRODUCTS,
+    KNOWN,
     Bounds,
     Case,
     Optimizer,
@@ -30,7 +29,7 @@ from tests.pool import Pool
 
 MATRIX = pytest.mark.matrix
 Twin = Callable[..., list[Any]]
-ALL = LAYOUTS | PRODUCTS | {"alone": (1, ParallelConfig())}
+ALL = KNOWN | {"alone": (1, ParallelConfig())}
 CROSSINGS = [
     ("tp2 x pp2", "fsdp2"),
     ("fsdp4", "tp2 x pp2"),
@@ -155,16 +154,16 @@ def assert_bit_equal(pool: Pool, case: Case, tmp_path: Path, name: str, precisio
 
 
 def straight_on(case: Case, parallel: ParallelConfig, precision: str) -> dict[str, Any]:
-    from tests.conformance.layouts import LR, beside, build, share_of, speaks, told, updater_of, whole
+    from tests.conformance.layouts import LR, beside, build, share_of, spoken, told, updater_of, whole
 
     model = build(case, parallel, precision)
     updater = updater_of(model, case)
     updater.update(share_of(model, 1, case.isolated), 1, lr=LR)
     outcome = updater.update(share_of(model, 2, case.isolated), 2, lr=LR)
-    parameters = whole(model, dict(told(model)))
+    parameters = spoken(model, whole(model, dict(told(model))))
     return {
         "losses": [outcome.loss],
         "norms": [outcome.grad_norm],
-        "parameters": parameters if speaks(model) else {},
+        "parameters": parameters,
         "beside": beside(model),
     }

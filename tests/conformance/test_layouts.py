@@ -16,11 +16,15 @@ import pytest
 import torch
 
 from model.config import Architecture
+from model.feedforward.moe import MoE
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults
 from tests.conformance.layouts import (
     BOUNDS,
     CLIP,
+    EXPERT_LAYOUTS,
+    EXPERTS,
+    KNOWN,
     LAYOUTS,
     LENGTH,
     PRODUCTS,
@@ -56,7 +60,7 @@ MATRIX = pytest.mark.matrix
 
 def faults(case: Case, name: str) -> list[str]:
     """Why this mixer's example cannot be trained in this layout."""
-    world_size, parallel = (LAYOUTS | PRODUCTS)[name]
+    world_size, parallel = KNOWN[name]
     architecture: Architecture = case.architecture()
     return layout_faults(
         parallel,
@@ -69,7 +73,7 @@ def faults(case: Case, name: str) -> list[str]:
 
 
 def compare(pool: Pool, alone: Alone, case: Case, name: str, precision: str, **options: Any) -> None:
-    world_size, parallel = (LAYOUTS | PRODUCTS)[name]
+    world_size, parallel = KNOWN[name]
     if why := faults(case, name):
         kinds = case.kind.split("+")
         assert all(faults(replace(case, kind=kind), name) for kind in kinds), f"{kinds}: only one of them is refused"
@@ -89,12 +93,11 @@ FIRST = {
     "softmax": ["tp2 x pp2 x fsdp2", *COVERING],
 }
 CELLS = [
-    pytest.param(kind, name, marks=[] if name in FIRST.get(kind, COVERING[2:4] + COVERING[5:]) else pytest.mark.matrix)
-    for kind in KINDS
-    for name in LAYOUTS
+    *((kind, name) for kind in KINDS for name in LAYOUTS if name in FIRST.get(kind, COVERING[2:4] + COVERING[5:])),
+    *(pytest.param(kinds, name, marks=MATRIX) for kinds in FOURS for name in LAYOUTS),
 ]
 """`make test` takes one mixer through the layouts and every other one through a part, which leaves no way of
-cutting a layer untried; the matrix has the rest, and the products of cp that others cover."""
+cutting a layer untried; the matrix has all mixers in all layouts, and the products of cp that others cover."""
 
 
 @pytest.mark.parametrize(("kind", "name"), CELLS)
@@ -114,8 +117,12 @@ def test_one_process_trains_on_the_mean_over_counted_tokens(pool: Pool, alone: A
         torch.testing.assert_close(found["gradients"][name], gradient * (CLIP / norm), rtol=1e-9, atol=1e-12)
 
 
+FP32 = ("tp2 x pp2 x fsdp2", *COVERING)
+"""In other layouts it would be other sums of the same numbers."""
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FP32)
 @pytest.mark.parametrize("kinds", PAIRS)
 def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
     compare(pool, alone, Case.of(kinds, name, "fp32"), name, "fp32")
@@ -126,6 +133,32 @@ def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kinds: st
 @pytest.mark.parametrize("kinds", FOURS)
 def test_a_product_equals_one_process(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
     compare(pool, alone, Case.of(kinds, name, "fp64"), name, "fp64")
+
+
+QUICK_EXPERTS = ("ep2", "ep2 x tp2", "ep2 x pp2", "ep2 x cp2 x fsdp2")
+OTHER_EXPERTS = {
+    "one each, sigmoid, shared, numbers": MoE.examples[1]["moe"] | {"shared": "sglu"},
+    "three each, numbers": MoE.examples[2]["moe"],
+    "some without tokens": {"num_experts": 8, "top_k": 1, "gate_norm": "none", "router_init_std": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [cell if cell in QUICK_EXPERTS else pytest.param(cell, marks=MATRIX) for cell in EXPERT_LAYOUTS]
+)
+def test_experts_are_spread(pool: Pool, alone: Alone, name: str) -> None:
+    """Two of four layers have experts, in different stages of a pipeline; they have biases."""
+    case = Case.of("softmax+lightning", name, "fp64")
+    compare(pool, alone, replace(case, model={"feedforward_pattern": ["moe", "gelu"]}), name, "fp64")
+
+
+@pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
+@pytest.mark.parametrize("settings", OTHER_EXPERTS)
+def test_other_experts_are_spread(pool: Pool, alone: Alone, settings: str, name: str) -> None:
+    experts = EXPERTS | OTHER_EXPERTS[settings]
+    case = replace(Case.of("softmax", name, "fp64"), num_layers=2, experts=experts)
+    case = replace(case, model={"feedforward_pattern": ["moe", "gelu"]})
+    compare(pool, alone, case, name, "fp64")
 
 
 OTHERS = [(kind, example) for kind, example in CASES if example > 0]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.diagnostics as diagnostics
 from kernels.attention import Visible
 from model.attention import AttentionMap
-from model.diagnostics import SINK, AttentionProbe, Diagnosis, Sample, Tally, probed
+from model.diagnostics import SINK, AttentionProbe, Diagnosis, Numbers, Sample, Tally, probed
 from tests.conformance.models import positions_of, random_batch, small_model
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 8
@@ -70,12 +70,16 @@ def map_of(kind: Kind, dtype: torch.dtype) -> AttentionMap:
     )
 
 
+def numbers(num_layers: int) -> Numbers:
+    return Numbers([list(range(HEADS))] * num_layers, [0] * num_layers)
+
+
 def found_in(weights: AttentionMap, num_queries: int | None = None) -> Diagnosis:
     sample = Sample.of((ROWS, LENGTH), weights.visible.documents, torch.device("cpu"), num_queries)
     probe = AttentionProbe(sample)
     probe.residual(0, torch.ones(ROWS, LENGTH, 3))
     assert probe.attention(0, weights) is weights.q_BNHd
-    return Tally.of(probe, [list(range(HEADS))]).diagnosis()
+    return Tally.of(probe, numbers(1)).diagnosis()
 
 
 def oracle(kind: Kind) -> tuple[dict[str, list[float]], float]:
@@ -233,7 +237,7 @@ def test_a_probe_changes_nothing_and_is_gone_afterwards() -> None:
 
 def test_the_residual_stream_is_measured_where_it_enters_a_layer() -> None:
     model, batch = small_model("softmax"), random_batch(2, 40)
-    found = Tally.of(probed(model, batch, None), [list(range(HEADS))] * 2).diagnosis()
+    found = Tally.of(probed(model, batch, None), numbers(2)).diagnosis()
     x = model.embedding(batch.tokens)
     norms = x.norm(dim=-1)
     ratios = []
@@ -248,16 +252,16 @@ def test_the_residual_stream_is_measured_where_it_enters_a_layer() -> None:
 
 def test_rows_looked_at_one_after_the_other_are_rows_looked_at_together() -> None:
     model, batch = small_model("softmax"), random_batch(3, 70)
-    together = Tally.of(probed(model, batch, None), [list(range(HEADS))] * 2)
-    apart = Tally.empty(2, HEADS)
+    together = Tally.of(probed(model, batch, None), numbers(2))
+    apart = Tally.empty(numbers(2))
     for row in range(3):
-        apart.add(Tally.of(probed(model, batch.rows(slice(row, row + 1)), None), [list(range(HEADS))] * 2))
+        apart.add(Tally.of(probed(model, batch.rows(slice(row, row + 1)), None), numbers(2)))
     for name in ("head_sums", "layer_sums", "maxima"):
         torch.testing.assert_close(getattr(apart, name), getattr(together, name), rtol=1e-9, atol=1e-12)
 
 
 def test_layers_without_weights_have_none() -> None:
-    found = Tally.of(probed(small_model("lightning"), random_batch(2, 70)), [list(range(HEADS))] * 2).diagnosis()
+    found = Tally.of(probed(small_model("lightning"), random_batch(2, 70)), numbers(2)).diagnosis()
     assert found.heads == [0, 0] and found.rows("entropy") == [None, None] and found.sink_rate is None
     assert found.residual_max.isfinite().all()
     assert SINK == 0.3

@@ -83,7 +83,7 @@ def test_settings_that_cannot_be_built_are_refused() -> None:
 def residual(block: Any, x: Tensor, ctx: Context, factors: list[tuple[float, float]]) -> Tensor:
     for norm, layer, (alpha, beta) in zip(
         (block.mixer_norm, block.feedforward_norm),
-        (lambda x: block.mixer(x, ctx), block.feedforward),
+        (lambda x: block.mixer(x, ctx), lambda x: block.feedforward(x, ctx)),
         factors,
         strict=True,
     ):

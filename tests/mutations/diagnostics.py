@@ -11,7 +11,7 @@ FAULTS = [
     Fault(
         "a diagnosis with heads at their local places",
         "parallel/diagnose.py",
-        [('head_numbers(model.uncut), model.mesh.rank("tp"))', "head_numbers(model.uncut), 0)")],
+        [('Numbers.of(model.uncut), model.mesh.rank("tp"))', "Numbers.of(model.uncut), 0)")],
         [f"{LAYOUT}[tp2]"],
     ),
     Fault(

@@ -20,7 +20,7 @@ def architecture() -> Architecture:
     tables = {
         "model": {"d_model": 48, "num_layers": 4, "vocab_size": 100, "pattern": ["lightning", "softmax"]},
         "mixers": {"lightning": {"num_heads": 12}, "softmax": {"num_heads": 12, "num_kv_heads": 3}},
-        "feedforwards": {"swiglu": {"d_ff": 96}},
+        "feedforwards": {"moe": {"num_experts": 4, "top_k": 2, "expert": "swiglu"}, "swiglu": {"d_ff": 96}},
     }
     _, built = build_architecture(tables, [])
     assert built is not None
@@ -63,7 +63,12 @@ def test_what_is_left_goes_to_dp_shard() -> None:
         (2, {"tp": 2}, ["tp = 2", "num_kv_heads = 3", "largest tp that fits this model is 1"]),
         (5, {"pp": 5}, ["pp = 5 is more than model.num_layers = 4", "pp of at most 4"]),
         (4, {"pp": 4, "microbatches": 2}, ["microbatches = 2", "take at least 4"]),
-        (2, {"cp": 2, "ep": 4}, ["ep = 4 does not divide dp_shard x cp = 1 x 2", "largest ep that does is 2"]),
+        (
+            2,
+            {"cp": 2, "ep": 4},
+            ["ep = 4 does not divide dp_shard x cp = 1 x 2", "largest ep that fits this model is 2"],
+        ),
+        (3, {"ep": 3}, ["ep = 3 does not divide feedforwards.moe.num_experts = 4", "fits this model is 1"]),
         (3, {"pp": 3, "pp_schedule": "zbv"}, ['pp = 3 with pp_schedule = "zbv" makes 6 stages', "at most 2", '"1f1b"']),
         (2, {"pp": 2, "pp_schedule": "zbv", "recompute": "full"}, ['recompute = "full" with pp_schedule = "zbv"']),
         (2, {"pp": 2, "pp_schedule": "interleaved1f1b", "microbatches": 5}, ["5 in 2 rounds", "take 4 or 6"]),
@@ -89,9 +94,13 @@ def test_all_reasons_come_at_once() -> None:
 
 
 def test_what_is_not_built_is_refused() -> None:
-    said = unbuilt_faults(ParallelConfig(ep=2, cp=2, engine="deepspeed"))
-    assert len(said) == 2
-    assert all("this version" in fault for fault in said)
+    (said,) = unbuilt_faults(ParallelConfig(ep=2, cp=2, engine="deepspeed"))
+    assert "this version" in said
+
+
+def test_experts_are_spread_only_where_there_are_some() -> None:
+    (said,) = small({}, 2, ep=2)
+    assert "ep = 2, but no feed-forward of this model has experts: set ep = 1" in said
 
 
 def small(tables: dict[str, Any], world_size: int, compiled: bool = False, **parallel: Any) -> list[str]:

@@ -16,7 +16,7 @@ from tests.checkpoints import stored_weights, write_step
 from tests.pool import Pool
 from tests.trainer.conversions import decoder, done
 from tests.trainer.runs import VOCAB, assert_twins, begin_with, headway, train, write_config, write_tokens
-from trainer.diagnostics import unchosen_heads
+from trainer.diagnostics import unchosen
 from trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -160,7 +160,7 @@ def test_a_head_that_nobody_chooses_is_named(
     assert code == 0, said
     (record,) = read_metrics(tmp_path / "run")
     assert record["diagnostics"]["load"] == [[1, 1, 1, 0]] * 2 and record["head_load_min"] == 0
-    assert unchosen_heads(record).startswith(
+    assert " ".join(unchosen(record)).startswith(
         "no token that was looked at chose heads 3 of layer 0; 3 of layer 1: raise balance_weight"
     )
     done("diagnose", str(tmp_path / "run"), "--rows", "2")

@@ -44,7 +44,7 @@ def diagnose(argv: list[str]) -> int:
     from rich.console import Console
 
     from model.files import write_json
-    from trainer.diagnostics import record_of, unchosen_heads
+    from trainer.diagnostics import record_of, unchosen
     from trainer.evaluation import diagnose as look
 
     found, tokens = look(
@@ -67,7 +67,7 @@ def diagnose(argv: list[str]) -> int:
         console.print("No layer has attention weights to look at: the mixers are linear ones.")
     elif found.sink_rate is None:
         console.print("No document of these rows has 64 tokens in one of them, so there is no sink rate.")
-    if idle := unchosen_heads(record):
+    for idle in unchosen(record):
         console.print(idle, highlight=False)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +81,9 @@ def _layer_table(found: Any) -> Any:
     from trainer.diagnostics import head_loads
 
     head = ("layer", "entropy, nats", "lowest head", "normalised", "sinks", "largest logit", "first token gets")
-    loads = head_loads(found)
-    chosen = ["least load"] if any(loads) else []
-    table = Table(*head, *chosen, "largest residual", "first / median norm")
+    loads = {"least load": head_loads(found), "least expert load": found.expert_loads}
+    loads = {title: rows for title, rows in loads.items() if any(rows)}
+    table = Table(*head, *loads, "largest residual", "first / median norm")
     for column in table.columns:
         column.justify = "right"
     means = {name: [_mean(row) for row in found.rows(name)] for name in ("entropy", "entropy_norm", "first_weight")}
@@ -94,8 +94,7 @@ def _layer_table(found: Any) -> Any:
         shown = (means["entropy"][layer], lowest[layer], means["entropy_norm"][layer])
         cells = [_cell(value) for value in shown] + [_cell(sinks, ".1%"), _cell(largest[layer], ".1f")]
         cells.append(_cell(means["first_weight"][layer], ".1%"))
-        if chosen:
-            cells.append(_cell(min(loads[layer], default=None), ".1%"))
+        cells += [_cell(min(rows[layer], default=None), ".1%") for rows in loads.values()]
         cells.append(_cell(found.residual_max[layer].item(), ".4g"))
         table.add_row(str(layer), *cells, _cell(found.first_norm_ratio[layer].item(), ".2f"))
     return table

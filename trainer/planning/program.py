@@ -238,7 +238,7 @@ class _Marks:
             return sums
         if self.around_pipeline:
             # Parameters are gathered, and gradients summed, once, however many micro-batches pass.
-            fixed = {group.group_name for group in mesh.data.get_all_groups()}
+            fixed = {group.group_name for data in (mesh.data, mesh.expert_data) for group in data.get_all_groups()}
             before, after = self.around_pipeline
             times = more / mesh.layout.microbatches
             return _add(sums, before, {key: x for key, x in after.items() if key[1] not in fixed}, times)
@@ -260,6 +260,9 @@ def _by_dimension(sums: Sums, mesh: Mesh) -> list[Sent]:
     names |= {mesh.group(name).group_name: (name, mesh.group(name)) for name in mesh.whole.mesh_dim_names}
     shards = mesh.data.get_group("shards")
     names[shards.group_name] = ("dp_shard" if mesh.layout.cp == 1 else "dp_shard x cp", shards)
+    if mesh.experts is not None:
+        names[mesh.expert_data.get_group("expert_shards").group_name] = ("ranks with the same experts", shards)
+        names[mesh.experts.group_name] = ("ep", mesh.experts)
     found = []
     for (kind, group_name), traffic in sums.items():
         dimension, group = names[group_name]

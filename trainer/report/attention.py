@@ -19,6 +19,8 @@ CURVES = {
     "sink_rate": ("Sink rate", "of heads and windows"),
     "attention_logit_max": ("Largest attention logit", ""),
     "head_load_min": ("Least load of a head", "part of the tokens"),
+    "expert_load_min": ("Least load of an expert", "part of the tokens"),
+    "expert_load_max": ("Largest load of an expert", "part of the tokens"),
     "residual_max": ("Largest value in the residual stream", ""),
 }
 """The scalars that a diagnosis adds to its step's record, with titles and units."""
@@ -55,6 +57,8 @@ def _heat_maps(found: dict[str, Any]) -> str:
             break
     if (load := _matrix(found, "load")) is not None:
         drawn.append(_heat_map("load", "Head load", "part of the tokens for which a head runs", load, "cool"))
+    if (load := _matrix(found, "expert_load")) is not None:
+        drawn.append(_heat_map("experts", "Expert load", "part of the tokens that choose an expert", load, "cool"))
     return "".join(drawn)
 
 
@@ -68,11 +72,12 @@ def _matrix(found: dict[str, Any], key: str) -> Rows | None:
 
 
 def _heat_map(key: str, title: str, unit: str, rows: Rows, hue: str) -> str:
-    """Layers downwards, heads to the right; the more of the hue, the nearer to 1."""
+    """Layers downwards, heads (or experts) to the right; the more of the hue, the nearer to 1."""
+    unit_name = "expert" if key == "experts" else "head"
     layers, heads = len(rows), max(len(row) for row in rows)
     cells = [
         f'<rect x="{head}" y="{layer}" width="1" height="1" fill-opacity="{min(max(value, 0.0), 1.0):.3g}">'
-        f"<title>layer {layer}, head {head}: {number(value, 3)}</title></rect>"
+        f"<title>layer {layer}, {unit_name} {head}: {number(value, 3)}</title></rect>"
         for layer, row in enumerate(rows)
         for head, value in enumerate(row)
         if value is not None
@@ -80,7 +85,8 @@ def _heat_map(key: str, title: str, unit: str, rows: Rows, hue: str) -> str:
     down = "".join(f'<span style="top:{100 * (at + 0.5) / layers:.2f}%">{at}</span>' for at in _labelled(layers, 16))
     across = "".join(f'<span style="left:{100 * (at + 0.5) / heads:.2f}%">{at}</span>' for at in _labelled(heads, 12))
     height = min(max(1.5 * layers, 4.0), 24.0)
-    without = "All heads run" if key == "load" else "Without attention weights"
+    without = {"load": "All heads run", "experts": "Without experts"}.get(key, "Without attention weights")
+    told = _told(rows, without, unit_name)
     blank = f"; blank: {without.lower()}" if not all(rows) else ""
     return f"""
 <figure class="heat {hue}" id="heat-{key}">
@@ -88,12 +94,12 @@ def _heat_map(key: str, title: str, unit: str, rows: Rows, hue: str) -> str:
 <p class="scale" aria-hidden="true">0 <i></i> 1</p></figcaption>
 <div class="cells" style="height:{height:g}rem">
 <svg viewBox="0 0 {heads} {layers}" preserveAspectRatio="none" role="img" aria-labelledby="ht-{key} hd-{key}">
-<title id="ht-{key}">{escape(title)} by layer and head</title><desc id="hd-{key}">{escape(_told(rows, without))}</desc>
+<title id="ht-{key}">{escape(title)} by layer and {unit_name}</title><desc id="hd-{key}">{escape(told)}</desc>
 {"".join(cells)}
 </svg>
 <div class="ys" aria-hidden="true">{down}</div><div class="xs" aria-hidden="true">{across}</div>
 </div>
-<p class="axes" aria-hidden="true">layers downwards, heads to the right{blank}</p>
+<p class="axes" aria-hidden="true">layers downwards, {unit_name}s to the right{blank}</p>
 </figure>"""
 
 
@@ -102,7 +108,7 @@ def _labelled(count: int, about: int) -> list[int]:
     return [int(at) for at in ticks(0, max(count - 1, 1), min(count, about), whole=True) if at < count]
 
 
-def _told(rows: Rows, otherwise: str) -> str:
+def _told(rows: Rows, otherwise: str, unit: str) -> str:
     """What the picture says, in words."""
     there = [
         (value, layer, head) for layer, row in enumerate(rows) for head, value in enumerate(row) if value is not None
@@ -112,8 +118,8 @@ def _told(rows: Rows, otherwise: str) -> str:
     empty = [str(layer) for layer, row in enumerate(rows) if not row]
     without = f" {otherwise}: layers {', '.join(empty)}." if empty else ""
     return (
-        f"{len(rows)} layers. Lowest {number(low, 3)} in layer {low_at[0]}, head {low_at[1]}; highest "
-        f"{number(high, 3)} in layer {high_at[0]}, head {high_at[1]}; mean {number(mean, 3)}.{without}"
+        f"{len(rows)} layers. Lowest {number(low, 3)} in layer {low_at[0]}, {unit} {low_at[1]}; highest "
+        f"{number(high, 3)} in layer {high_at[0]}, {unit} {high_at[1]}; mean {number(mean, 3)}.{without}"
     )
 
 
