@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 
 BAM, UNIT = "model/mixers/bam.py", "tests/model/test_bam.py"
+MIXING, RUNS = "trainer/mixing.py", "tests/trainer/test_bam.py"
 SUITE = "tests/conformance/test_mixers.py::test_forward_and_gradients_equal_the_reference"
 TP2 = "tests/conformance/test_layouts.py::test_a_layout_equals_one_process[bam-tp2 x pp2]"
 
@@ -59,5 +60,35 @@ FAULTS = [
         ),
         file="parallel/tensor.py",
         tests=("tests/parallel/test_tensor.py::test_what_is_not_cut_stays_alike_on_all_ranks",),
+    ),
+    bam(
+        "maps out of chosen feed-forwards that stay as large",
+        (" / mixture.top_k if mixture.ffn_gate_norm", " / len(experts) if mixture.ffn_gate_norm"),
+        file=MIXING,
+        tests=(f"{RUNS}::test_models_that_are_alike_make_the_seed",),
+    ),
+    bam(
+        "what gates do to a map out, but not to its bias",
+        ("(weight|bias)", "weight"),
+        file=MIXING,
+        tests=(f"{RUNS}::test_models_that_are_alike_make_the_seed",),
+    ),
+    bam(
+        "norms and embeddings of the last model instead of the average",
+        ("mean = mean + (found.float() - mean) / count", "mean = found.float()"),
+        file=MIXING,
+        tests=(f"{RUNS}::test_each_expert_is_one_models_and_the_rest_an_average",),
+    ),
+    bam(
+        "the seed in the average, though it is no expert",
+        ("Parts(opened if mixture.with_seed else opened[1:],", "Parts(opened,"),
+        file=MIXING,
+        tests=(f"{RUNS}::test_each_expert_is_one_models_and_the_rest_an_average",),
+    ),
+    bam(
+        "a check of experts that looks at the first only",
+        ("        scores[..., expert] = 0.0\n", "        scores[..., 0] = 0.0\n"),
+        file=MIXING,
+        tests=(RUNS,),
     ),
 ]
