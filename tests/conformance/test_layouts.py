@@ -184,7 +184,11 @@ def muon_case(kind: str, name: str, precision: str) -> Case:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [*MUON_FIRST, *(pytest.param(kind, name, marks=pytest.mark.matrix) for kind in IN_ALL for name in MUON_MORE)],
+    [
+        *MUON_FIRST,
+        *(pytest.param(kind, name, marks=pytest.mark.matrix) for kind in IN_ALL for name in MUON_MORE),
+        pytest.param("bam", "tp2 x fsdp2", marks=pytest.mark.matrix),
+    ],
 )
 def test_muon_in_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
     """Matrices cut by columns, by rows, into pieces, over stages, and held several times."""
@@ -275,3 +279,4 @@ def test_angles_and_routers_stay_fp32_under_bf16(pool: Pool) -> None:
     routers = ("route", "weigh_shared", "weigh_stages")
     wanted = {f"layers.{layer}.mixer.{router}.weight" for layer in (0, 1) for router in routers}
     assert pool.run(kept_wide, 2, "moh")[0] == wanted
+    assert pool.run(kept_wide, 2, "bam")[0] == {f"layers.{layer}.mixer.router.weight" for layer in (0, 1)}
