@@ -72,7 +72,8 @@ class ExpertChoice:
         return self.gates == "selected" or (self.gates == "scale_n" and self.std == 0)
 
     def __str__(self) -> str:
-        begins = f"; all tokens begin with experts 0 to {self.top_k - 1}" if self.std == 0 else ""
+        first = "first" if self.top_k == 1 else f"first {self.top_k}"
+        begins = f"; all tokens begin with the {first} of them" if self.std == 0 else ""
         if self.gates == "selected":
             words = "gates are divided by their sum, so that copies add up to one"
             return f"{words}: the function is unchanged{begins}"
@@ -206,7 +207,8 @@ class _Copies(Weights):
         if taken not in self._known:
             return draw(name, Normal(self._choice.std), torch.Size(self._shapes[name]), seed=0)
         tensor = self._dense.read([taken])[taken]
-        return tensor * self._choice.factors[0] if taken.startswith(self._outputs) else tensor
+        # A copy has memory of its own: a file of weights takes no tensor twice.
+        return tensor * (self._choice.factors[0] if taken.startswith(self._outputs) else 1.0)
 
 
 def _source_of(name: str) -> str:

@@ -58,6 +58,15 @@ def test_a_llama_becomes_a_mixtral(dense: Path, tmp_path: Path, capsys: pytest.C
     assert apart(out, dense) < 1e-5
 
 
+def test_from_a_hugging_face_folder_and_in_several_files(dense: Path, tmp_path: Path) -> None:
+    """Whose tensors are read into memory that they share."""
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    done("convert", "to-hf", str(dense), str(folder), "--dtype", "bfloat16")
+    done("upcycle", "moe", str(folder), str(out), *FOUR, "--max-shard-size", "40KB")
+    assert len(list(out.glob("*.safetensors"))) > 2 and TensorFiles(out).dtype == torch.bfloat16
+    assert apart(out, folder) < 1e-5
+
+
 def test_one_expert_of_several_begins_with_a_router_of_zeros(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +74,9 @@ def test_one_expert_of_several_begins_with_a_router_of_zeros(
     out = tmp_path / "out"
     done("upcycle", "moe", str(dense), str(out), *ONE)
     said = capsys.readouterr().out
-    assert "multiplied by 4, and routers are zero: the function is unchanged; all tokens begin with" in said, said
+    assert "by 4, and routers are zero: the function is unchanged; all tokens begin with the first of them" in said, (
+        said
+    )
     model, tables = load(out)
     assert config_of(out)["model_type"] == "headway" and tables["feedforwards"]["moe"]["gate_norm"] == "none"
     mixture = model.layers["1"].feedforward
