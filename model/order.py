@@ -49,8 +49,12 @@ def change_of(architecture: Architecture, name: str, theirs: list[list[int] | No
         return None
     layer = int(part[1])
     mixer, settings = architecture.mixers[architecture.mixer_names[layer]]
-    ours, dimension = getattr(settings, "group_order", None), CUT_DIMENSION.get(mixer.sharding[part[3]])
-    if dimension is None or (ours is None and theirs[layer] is None):
+    ours = getattr(settings, "group_order", None)
+    if ours is None and theirs[layer] is None:
+        return None
+    # A layer that is made of others says how it is cut only once it is built; it keeps heads as they are numbered.
+    dimension = CUT_DIMENSION.get(mixer.sharding.get(part[3], "replicate"))
+    if dimension is None:
         return None
     count = len(ours or theirs[layer] or ())
     numbers = list(range(count))

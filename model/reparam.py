@@ -37,7 +37,7 @@ class ReparamConfig:
     targets: list[str] = field(default_factory=lambda: ["layers.*.mixer.*", "layers.*.feedforward.*"])
     """Patterns of parameter names. Of what they match, matrices of linear maps are reparametrised, and nothing else."""
     qkv_grouping: Grouping = "separate"
-    """Whether q, k and v of a mixer are a matrix each, q and k one together, or all three one."""
+    """Whether q, k and v of a mixer, or of an expert, are a matrix each, q and k one together, or all three one."""
     gain_init: Literal["sigma", "one"] | float = "sigma"
     """sigma: the model begins as the plain one; one, or a number above 0: every such map begins with that norm."""
     vectors: int = 32
@@ -109,7 +109,8 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _joined(names: list[str], grouping: Grouping) -> dict[str, str]:
     """Parameter -> the matrix that it is a part of, where queries, keys and values are taken together."""
     found: dict[str, str] = {}
-    mixers = dict.fromkeys(match[1] for name in names if (match := re.fullmatch(r"(.*\.mixer)\.[qkv]\.weight", name)))
+    pattern = re.compile(r"(.*\.mixer(?:\.experts\.\d+)?)\.[qkv]\.weight")
+    mixers = dict.fromkeys(match[1] for name in names if (match := pattern.fullmatch(name)))
     for mixer in mixers:
         for letters in GROUPS[grouping]:
             parts = [f"{mixer}.{letter}.weight" for letter in letters]

@@ -50,7 +50,7 @@ class SpreadEntropyPenalty:
         self.thresholds: dict[int, nn.Parameter] = {}
         for block in uncut.layers.values():
             if block.mixer.has_attention_map:
-                heads = block.mixer.config.num_heads
+                heads = len(block.mixer.head_numbers)
                 initial = torch.full((heads,), penalty.threshold, dtype=dtype, device=device)
                 self.thresholds[block.layer] = nn.Parameter(initial)
         assert self.thresholds, "no layer has attention weights"

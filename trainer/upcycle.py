@@ -1,8 +1,8 @@
-"""Dense checkpoints as expert models. Nothing gets its name before it has been compared with what it was made from."""
+"""A dense checkpoint as one that chooses its heads. Nothing gets its name before it was compared with its source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from model.hf.source import HuggingFaceFolder, Source, Weights
 from model.initialisation import Normal, draw
 from model.mixers.attention import AttentionConfig
 from model.mixers.moh import MoH
-from model.mixers.softmax import Softmax
+from model.mixers.softmax import Softmax, SoftmaxConfig
 from model.settings import architecture_tables, build_architecture, without_none
 from trainer.convert import Say, complete_and_compare, described, facts_of, name_of, open_to_write, tokenizer_of
 
@@ -96,33 +96,54 @@ def with_routed_heads(dense: Architecture, choice: HeadChoice) -> Architecture:
     Raises:
         ValueError: with every reason why it cannot be.
     """
+    faults = [
+        f"mixers.{name} is mixture-of-head attention already: begin with the dense model."
+        for name, (mixer, _) in dense.mixers.items()
+        if mixer is MoH
+    ]
+    if not any(mixer in (Softmax, MoH) for mixer, _ in dense.mixers.values()):
+        kinds = ", ".join(mixer.__name__ for mixer, _ in dense.mixers.values())
+        faults.append(f"no layer has softmax attention, whose heads could be chosen (the mixers are {kinds}).")
+    tables, problems = in_place_of_softmax(
+        dense,
+        "moh",
+        "mixture-of-head attention",
+        lambda settings: {"group_order": list(range(settings.groups))} | without_none(choice),
+    )
+    faults += problems
+    _, routed = build_architecture(tables, faults)
+    if routed is None or faults:
+        raise ValueError("\n".join(faults))
+    return routed
+
+
+def in_place_of_softmax(
+    dense: Architecture, kind: str, called: str, added: Callable[[SoftmaxConfig], dict[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """The tables of a model with other attention wherever it has softmax attention, and why that cannot be.
+
+    Args:
+        kind: of the other attention; `called` so in sentences.
+        added: its settings beside those that all attention has.
+    """
     faults, names = [], {}
     tables = architecture_tables(dense)
     before, tables["mixers"] = tables["mixers"], {}
     for name, (mixer, settings) in dense.mixers.items():
         table = before[name]
-        if mixer is MoH:
-            faults.append(f"mixers.{name} is mixture-of-head attention already: begin with the dense model.")
-        elif mixer is Softmax:
+        if mixer is Softmax:
             if settings.takes_weight:
-                faults.append(f"mixers.{name} has a key bias or a sink, which mixture-of-head attention has not.")
+                faults.append(f"mixers.{name} has a key bias or a sink, which {called} has not.")
             kept = {field.name for field in fields(AttentionConfig)}
             table = {key: value for key, value in table.items() if key in kept}
-            order = list(range(settings.num_kv_heads or settings.num_heads))
-            table |= {"kind": "moh", "group_order": order} | without_none(choice)
-        names[name] = "moh" if name == "softmax" and "moh" not in dense.mixers else name
+            table |= {"kind": kind} | added(settings)
+        names[name] = kind if name == "softmax" and kind not in dense.mixers else name
         tables["mixers"][names[name]] = table
-    if not any(mixer in (Softmax, MoH) for mixer, _ in dense.mixers.values()):
-        kinds = ", ".join(mixer.__name__ for mixer, _ in dense.mixers.values())
-        faults.append(f"no layer has softmax attention, whose heads could be chosen (the mixers are {kinds}).")
     pattern = [names[name] for name in dense.mixer_names]
     tables["model"]["pattern"] = pattern[:1] if len(set(pattern)) == 1 else pattern
     factors = tables["model"].get("residual_factors", {})
     tables["model"]["residual_factors"] = {names.get(name, name): factor for name, factor in factors.items()}
-    _, routed = build_architecture(tables, faults)
-    if routed is None or faults:
-        raise ValueError("\n".join(faults))
-    return routed
+    return tables, faults
 
 
 def all_heads_logits(made: Source, tokens: Tensor, dtype: torch.dtype) -> Tensor:

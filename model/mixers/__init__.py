@@ -4,6 +4,7 @@ MIXERS = {
     "softmax": "model.mixers.softmax:Softmax",
     "sigmoid": "model.mixers.sigmoid:Sigmoid",
     "moh": "model.mixers.moh:MoH",
+    "bam": "model.mixers.bam:BAM",
     "lightning": "model.mixers.lightning:Lightning",
     "minimax": "model.mixers.minimax:MiniMax",
     "norm_linear": "model.mixers.norm_linear:NormLinear",

@@ -53,13 +53,23 @@ class AttentionConfig:
         return faults
 
     @property
+    def groups(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.num_heads // self.groups
+
+    @property
     def rotated(self) -> bool:
         """Whether queries and keys are rotated where model.positions = "rope"."""
         return True
 
     def tensor_parallel_units(self) -> dict[str, int]:
         """What tp must divide."""
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads or self.num_heads}
+        return {"num_heads": self.num_heads, "num_kv_heads": self.groups}
 
 
 class Attention(Mixer):
@@ -78,7 +88,7 @@ class Attention(Mixer):
 
     def __init__(self, config: AttentionConfig, site: Site):
         super().__init__(config, site)
-        heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        heads, kv_heads = config.num_heads, config.groups
         self.head_dim = config.head_dim or site.d_model // heads
         qkv_bias = site.bias if config.qkv_bias is None else config.qkv_bias
         self.q = nn.Linear(site.d_model, heads * self.head_dim, bias=qkv_bias)
@@ -99,7 +109,11 @@ class Attention(Mixer):
     ) -> Tensor:
         k_BMGd, v_BMGd = self._keys_values(x, ctx, cache)
         out_BNHd = self.mix(x, self._queries(x), k_BMGd, v_BMGd, ctx)
-        return self.o(gate_heads(out_BNHd, head_gate).flatten(2))
+        return self._projected_out(x, gate_heads(out_BNHd, head_gate))
+
+    def _projected_out(self, x: Tensor, out_BNHd: Tensor) -> Tensor:
+        """`[B, N, D]` from what the heads give for the input x."""
+        return self.o(out_BNHd.flatten(2))
 
     def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
         """What each query takes from the values of all M keys, `[B, N, H, d]`; shows its weights to `ctx.observer`.
@@ -117,25 +131,31 @@ class Attention(Mixer):
         q_BNHd = self.q_norm(q_BNHd)
         return rotate(q_BNHd, ctx.shared[self._rotary]) if self._rotary else q_BNHd
 
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, normed but not yet rotated, and values `[B, N, G, d]` of these tokens."""
+        heads = (-1, self.head_dim)
+        return self.k_norm(self.k(x).unflatten(-1, heads)), self.v(x).unflatten(-1, heads)
+
     def _keys_values(self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
         """Keys (normed and rotated) and values `[B, M, G, d]` of all tokens that these may see."""
-        k_BNGd = self.k_norm(self.k(x).unflatten(-1, (-1, self.head_dim)))
-        v_BNGd = self.v(x).unflatten(-1, (-1, self.head_dim))
+        k_BNGd, v_BNGd = self._projected(x)
         if self._rotary:
             k_BNGd = rotate(k_BNGd, ctx.shared[self._rotary])
         if cache is not None:
             k_BNGd, v_BNGd = _remember(cache, k_BNGd, v_BNGd)
         return ctx.cut.keys_values(k_BNGd, v_BNGd, ctx.causal)
 
-    def _reference_map(self, x: Tensor, q_BNHd: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _reference_map(
+        self, q_BNHd: Tensor, keys_values: tuple[Tensor, Tensor], ctx: Context
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For references, from queries as the projection gives them: queries and values of every head, scores
         `[B, H, N, N]`, and which keys are seen."""
         q_BNHd = self.turned(q_BNHd, ctx)
-        k_BNGd, v_BNGd = self._keys_values(x, ctx)
+        k_BNGd, v_BNGd = keys_values
         group = q_BNHd.shape[2] // k_BNGd.shape[2]
         k_BNHd, v_BNHd = (kv.repeat_interleave(group, dim=2) for kv in (k_BNGd, v_BNGd))
         scores_BHNM = torch.einsum("bnhd,bmhd->bhnm", q_BNHd, k_BNHd) / self.head_dim**0.5
-        place = torch.arange(x.shape[1], device=x.device)
+        place = torch.arange(q_BNHd.shape[1], device=q_BNHd.device)
         distance = place[:, None] - place[None, :]
         seen = distance >= 0 if ctx.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.config.window is not None:
@@ -151,7 +171,7 @@ class Attention(Mixer):
         window = min(n, self.config.window or n)
         # On the mean over the queries; each counts itself by half, so that without a window they are n / 2.
         keys = (window**2 / 2 + (n - window) * (window - 0.5)) / n
-        return self.linear_flops() + 4 * keys * self.config.num_heads * self.head_dim * self.active_share
+        return self.linear_flops() + 4 * keys * len(self.head_numbers) * self.head_dim * self.active_share
 
 
 def visible(ctx: Context, window: int | None) -> Visible:

@@ -61,16 +61,6 @@ class MoHConfig(AttentionConfig):
             self.group_order = balanced_order(self.groups, self.shared_heads // self.group_size, self._splits_a_group)
 
     @property
-    def groups(self) -> int:
-        """Key and value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that share a key and value head."""
-        return self.num_heads // self.groups
-
-    @property
     def unit_size(self) -> int:
         """Heads that are chosen together."""
         return self.group_size if self.route_unit == "kv_group" else 1
@@ -352,7 +342,7 @@ class MoH(Attention):
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         q_BNHd = self._queries(x)
-        _, v_BNHd, scores_BHNM, seen = self._reference_map(x, q_BNHd, ctx)
+        _, v_BNHd, scores_BHNM, seen = self._reference_map(q_BNHd, self._keys_values(x, ctx), ctx)
         weights_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf).softmax(-1)
         gates_BNH, _ = self._gates(x, q_BNHd, ctx)
         return self.o((torch.einsum("bhnm,bmhd->bnhd", weights_BHNM, v_BNHd) * gates_BNH[..., None]).flatten(2))

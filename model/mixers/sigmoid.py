@@ -108,7 +108,7 @@ class Sigmoid(Attention):
         return form
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        _, v_BNHd, scores_BHNM, seen = self._reference_map(x, self._queries(x), ctx)
+        _, v_BNHd, scores_BHNM, seen = self._reference_map(self._queries(x), self._keys_values(x, ctx), ctx)
         place = torch.arange(x.shape[1], device=x.device)
         if self.config.bias_mode == "per_row":
             scores_BHNM = scores_BHNM - seen.sum(-1, keepdim=True).to(x.dtype).log()

@@ -110,7 +110,7 @@ class Softmax(Attention):
         return None
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        q_BNHd, v_BNHd, scores_BHNM, seen = self._reference_map(x, self._queries(x), ctx)
+        q_BNHd, v_BNHd, scores_BHNM, seen = self._reference_map(self._queries(x), self._keys_values(x, ctx), ctx)
         scores_BHNM = scores_BHNM.masked_fill(~seen, -torch.inf)
         extra_BNH = self._extra_logit(q_BNHd)
         if extra_BNH is not None:

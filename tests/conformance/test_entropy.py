@@ -193,6 +193,12 @@ def test_layers_without_attention_weights_do_not_count(pool: Pool, alone: Alone,
 
 
 @MATRIX
+@pytest.mark.parametrize("name", ["tp2 x pp2", "cp2"])
+def test_heads_of_experts_have_thresholds_of_their_own(pool: Pool, alone: Alone, name: str) -> None:
+    compare(pool, alone, replace(CASE, kind="bam"), name)
+
+
+@MATRIX
 @pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2 zbv", "tp2 x cp2"])
 def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, name: str) -> None:
     compare(pool, alone, replace(CASE, model={}), name, "fp32")

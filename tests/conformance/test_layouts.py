@@ -16,14 +16,11 @@ import pytest
 import torch
 
 from model.config import Architecture
-from model.feedforward.moe import MoE
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults
 from tests.conformance.layouts import (
     BOUNDS,
     CLIP,
-    EXPERT_LAYOUTS,
-    EXPERTS,
     KNOWN,
     LAYOUTS,
     LENGTH,
@@ -135,32 +132,6 @@ def test_a_product_equals_one_process(pool: Pool, alone: Alone, kinds: str, name
     compare(pool, alone, Case.of(kinds, name, "fp64"), name, "fp64")
 
 
-QUICK_EXPERTS = ("ep2", "ep2 x tp2", "ep2 x pp2", "ep2 x cp2 x fsdp2")
-OTHER_EXPERTS = {
-    "one each, sigmoid, shared, numbers": MoE.examples[1]["moe"] | {"shared": "sglu"},
-    "three each, numbers": MoE.examples[2]["moe"],
-    "some without tokens": {"num_experts": 8, "top_k": 1, "gate_norm": "none", "router_init_std": 3.0},
-}
-
-
-@pytest.mark.parametrize(
-    "name", [cell if cell in QUICK_EXPERTS else pytest.param(cell, marks=MATRIX) for cell in EXPERT_LAYOUTS]
-)
-def test_experts_are_spread(pool: Pool, alone: Alone, name: str) -> None:
-    """Two of four layers have experts, in different stages of a pipeline; they have biases."""
-    case = Case.of("softmax+lightning", name, "fp64")
-    compare(pool, alone, replace(case, model={"feedforward_pattern": ["moe", "gelu"]}), name, "fp64")
-
-
-@pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
-@pytest.mark.parametrize("settings", OTHER_EXPERTS)
-def test_other_experts_are_spread(pool: Pool, alone: Alone, settings: str, name: str) -> None:
-    experts = EXPERTS | OTHER_EXPERTS[settings]
-    case = replace(Case.of("softmax", name, "fp64"), num_layers=2, experts=experts)
-    case = replace(case, model={"feedforward_pattern": ["moe", "gelu"]})
-    compare(pool, alone, case, name, "fp64")
-
-
 OTHERS = [(kind, example) for kind, example in CASES if example > 0]
 OTHER_LAYOUTS = ["tp4", "cp2", "tp2 x pp2 x fsdp2"]
 
@@ -213,7 +184,11 @@ def muon_case(kind: str, name: str, precision: str) -> Case:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [*MUON_FIRST, *(pytest.param(kind, name, marks=pytest.mark.matrix) for kind in IN_ALL for name in MUON_MORE)],
+    [
+        *MUON_FIRST,
+        *(pytest.param(kind, name, marks=pytest.mark.matrix) for kind in IN_ALL for name in MUON_MORE),
+        pytest.param("bam", "tp2 x fsdp2", marks=pytest.mark.matrix),
+    ],
 )
 def test_muon_in_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: str) -> None:
     """Matrices cut by columns, by rows, into pieces, over stages, and held several times."""
@@ -304,3 +279,4 @@ def test_angles_and_routers_stay_fp32_under_bf16(pool: Pool) -> None:
     routers = ("route", "weigh_shared", "weigh_stages")
     wanted = {f"layers.{layer}.mixer.{router}.weight" for layer in (0, 1) for router in routers}
     assert pool.run(kept_wide, 2, "moh")[0] == wanted
+    assert pool.run(kept_wide, 2, "bam")[0] == {f"layers.{layer}.mixer.router.weight" for layer in (0, 1)}

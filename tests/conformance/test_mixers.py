@@ -119,7 +119,7 @@ def test_caches_belong_to_their_callers(kind: str, example: int) -> None:
 @every_mixer
 def test_head_gates_scale_contributions(kind: str, example: int) -> None:
     mixer = small_model(kind, example).layers["0"].mixer
-    heads = mixer.config.num_heads
+    heads = len(mixer.head_numbers)
     x, ctx = inputs(11)
     mixer.prepare(ctx)
     plain = mixer(x, ctx)
@@ -217,9 +217,11 @@ def test_every_parameter_is_declared(kind: str, example: int) -> None:
     mixer = model.layers["1"].mixer
     for name, _ in [*mixer.named_parameters(), *mixer.named_buffers()]:
         assert mixer.sharding.get(name) in ("column", "row", "heads", "replicate", "experts"), name
-    for name, _ in mixer.named_parameters():
-        assert name in mixer.hf, f"{name} has no name in Hugging Face checkpoints"
-    outside = [(n.name, n.part) if isinstance(n, Packed) else n for n in mixer.hf.values()]
+    named = {name: mixer.hf_name(name, mixer.config) for name, _ in mixer.named_parameters()}
+    for name, there in named.items():
+        assert there is not None, f"{name} has no name in Hugging Face checkpoints"
+    declared = dict(mixer.hf) | named
+    outside = [(n.name, n.part) if isinstance(n, Packed) else n for n in declared.values()]
     assert len(set(outside)) == len(outside), "two parameters under one name"
 
 

@@ -74,6 +74,15 @@ def test_other_settings(pool: Pool, alone: Alone, what: str, name: str) -> None:
     compare(pool, alone, case, name, "fp64")
 
 
+@MATRIX
+def test_matrices_of_each_expert_are_joined_apart(pool: Pool, alone: Alone) -> None:
+    case = reparametrised("bam", "tp2 x fsdp2", "fp64", qkv_grouping="fused")
+    compare(pool, alone, case, "tp2 x fsdp2", "fp64")
+    gains = {name for name in alone(case, "fp64")["beside"] if name.startswith("layers.0.mixer")}
+    experts = {f"layers.0.mixer.experts.{e}.{matrix}.spectral" for e in range(3) for matrix in ("qkv", "o")}
+    assert {name.rpartition("_")[0] for name in gains} == experts | {"layers.0.mixer.router.spectral"}
+
+
 @pytest.mark.parametrize("name", ["tp2 x fsdp2", pytest.param("tp2 x pp2 x fsdp2", marks=MATRIX)])
 def test_with_muon_a_layout_equals_one_process(pool: Pool, alone: Alone, name: str) -> None:
     compare(pool, alone, reparametrised("lightning", name, "fp64", "muon"), name, "fp64")

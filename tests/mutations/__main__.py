@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 from tests.mutations.attention import FAULTS as IN_ATTENTION
+from tests.mutations.bam import FAULTS as OF_BAM
 from tests.mutations.diagnostics import FAULTS as IN_DIAGNOSTICS
+from tests.mutations.experts import FAULTS as OF_EXPERTS
 from tests.mutations.fault import Fault
 from tests.mutations.gated import FAULTS as OF_GATED
 from tests.mutations.general import FAULTS as GENERAL
@@ -25,7 +27,10 @@ from tests.mutations.routing import FAULTS as OF_ROUTING
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
-FAULTS = [*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *OF_REPARAM, *OF_GATED, *OF_ROUTING]
+FAULTS = [
+    *(*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS),
+    *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM, *OF_EXPERTS),
+]
 
 
 SECONDS_FOR_ONE, SECONDS_FOR_ALL = 900, 3600

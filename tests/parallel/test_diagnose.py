@@ -113,6 +113,15 @@ def test_what_is_compared_is_worth_comparing(alone: Any) -> None:
     assert torch.isfinite(found.first_norm_ratio).all() and (found.residual_max > 0).all()
 
 
+@pytest.mark.parametrize("name", ["tp2", pytest.param("tp2 x cp2", marks=pytest.mark.matrix)])
+def test_heads_of_experts_are_found_by_their_numbers(name: str, pool: Pool, alone: Any) -> None:
+    """Twelve a layer, of which a rank has some of every expert."""
+    case = Case("bam", example=3, num_layers=2, model={"init_std": 0.3})
+    compare(pool, alone, name, case=case)
+    found = alone(case)
+    assert found.heads == [12, 12] and len(found.by_head["entropy"].unique()) == 24
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", ["cp2 x fsdp2", "tp2 x pp2"])
 def test_rows_of_one_document_and_all_queries(name: str, pool: Pool, alone: Any) -> None:

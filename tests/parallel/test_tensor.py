@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.objective import IGNORED, cross_entropy
 from model.stack import Model
 from parallel.config import ParallelConfig
+from parallel.data import local
 from parallel.norms import SumWithSquares, exact_terms
 from parallel.region import Region
 from parallel.tensor import cut
 from parallel.vocabulary import VocabularyCrossEntropy
-from tests.conformance.layouts import Case, build, share_of
+from tests.conformance.layouts import Case, build, share_of, updater_of
 from tests.conformance.models import VOCAB
 from tests.pool import Pool
 
@@ -134,24 +135,42 @@ def test_statistics_are_fp32_though_the_message_is_bf16(pool: Pool, cuts_sequenc
         assert torch.equal(gradient, torch.full_like(gradient, 1.2345678))
 
 
-def gated(parallel: ParallelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def gated(parallel: ParallelConfig, kind: str, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and the gradient of the gates, of a model whose heads are gated."""
-    model = build(Case("lightning", num_layers=2), parallel, "fp64")
+    model = build(Case(kind, num_layers=2), parallel, "fp64")
     batch = share_of(model, 1)
-    gates = torch.linspace(0.1, 2.0, 4, dtype=torch.float64).requires_grad_()
+    gates = torch.linspace(0.1, 2.0, heads, dtype=torch.float64).requires_grad_()
     logits = model.stages[0](batch.tokens, head_gates={1: gates})
     logits.square().sum().backward()
     return logits.detach(), gates.grad
 
 
-def test_gates_by_head_are_those_of_the_global_heads(pool: Pool) -> None:
-    ((wanted, wanted_gradient),) = pool.run(gated, 1, ParallelConfig())
+@pytest.mark.parametrize(("kind", "heads"), [("lightning", 4), ("bam", 12)])
+def test_gates_by_head_are_those_of_the_global_heads(pool: Pool, kind: str, heads: int) -> None:
+    ((wanted, wanted_gradient),) = pool.run(gated, 1, ParallelConfig(), kind, heads)
     for sequence_parallel in (True, False):
-        results = pool.run(gated, 2, ParallelConfig(tp=2, sequence_parallel=sequence_parallel))
+        results = pool.run(gated, 2, ParallelConfig(tp=2, sequence_parallel=sequence_parallel), kind, heads)
         found = torch.cat([logits for logits, _ in results], dim=-1)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
         for _, gradient in results:
             torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
+
+
+def uncut_after_a_step(kind: str) -> dict[str, torch.Tensor]:
+    case = Case(kind, num_layers=2)
+    model = build(case, ParallelConfig(tp=2), "fp64")
+    updater_of(model, case).update(share_of(model, 1), 1, lr=0.01)
+    uncut = [name for name, dimension in model.cuts.dimensions.items() if dimension is None]
+    return {name: local(model.parameters[name]).detach().clone() for name in uncut}
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bam"])
+def test_what_is_not_cut_stays_alike_on_all_ranks(pool: Pool, kind: str) -> None:
+    """Biases of output projections, too, whose gradient one rank alone may have found."""
+    one, other = pool.run(uncut_after_a_step, 2, kind)
+    assert any(name.endswith(".o.bias") for name in one)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 def test_slopes_are_cut_from_those_of_all_heads() -> None:
