@@ -152,40 +152,46 @@ def with_experts(dense: Architecture, choice: ExpertChoice) -> Architecture:
             "learn nothing from the loss. Take --gate-norm scale_n, or --top-k 2."
         )
     tables = architecture_tables(dense)
-    names: dict[str, str] = {}
-    for name in dict.fromkeys(dense.feedforward_names):
-        feedforward, settings = dense.feedforwards[name]
-        if hasattr(settings, "parts"):
-            faults.append(
-                f"feedforwards.{name} ({feedforward.__name__}) is made of others already: begin with the dense model."
-            )
-            continue
-        names[name] = _name_for(name, len(set(dense.feedforward_names)), tables)
-        tables["feedforwards"][names[name]] = {
-            "kind": "moe",
-            "num_experts": max(choice.experts, 2),
-            "top_k": choice.top_k,
-            "expert": name,
-            "gate_norm": "selected" if choice.gates == "selected" and choice.top_k != 1 else "none",
-            "gate_scale": choice.factors[1] if choice.top_k in range(1, choice.experts) else 1.0,
-            "router_init_std": choice.std,
-        }
-    pattern = [names.get(name, name) for name in dense.feedforward_names]
-    tables["model"]["feedforward_pattern"] = pattern[:1] if len(set(pattern)) == 1 else pattern
-    factors = tables["model"].get("residual_factors", {})
-    tables["model"]["residual_factors"] = {names.get(name, name): factor for name, factor in factors.items()}
+    settings = {
+        "num_experts": max(choice.experts, 2),
+        "top_k": choice.top_k,
+        "gate_norm": "selected" if choice.gates == "selected" and choice.top_k != 1 else "none",
+        "gate_scale": choice.factors[1] if choice.top_k in range(1, choice.experts) else 1.0,
+        "router_init_std": choice.std,
+    }
+    faults += in_place_of_feedforwards(dense, tables, settings)
     _, mixed = build_architecture(tables, faults)
     if mixed is None or faults:
         raise ValueError("\n".join(faults))
     return mixed
 
 
-def _name_for(name: str, kinds: int, tables: dict[str, Any]) -> str:
-    """What the mixture of a feed-forward is called: "moe", if it is the only one, and in any case a free name."""
-    called = "moe" if kinds == 1 else f"moe_{name}"
-    while called in tables["feedforwards"] or called in tables["mixers"]:
-        called += "_"
-    return called
+def in_place_of_feedforwards(dense: Architecture, tables: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Put mixtures of feed-forwards of their kinds in place of all feed-forwards of a model, in its tables.
+
+    Args:
+        settings: of each mixture, beside what its experts are.
+
+    Returns:
+        Why that cannot be.
+    """
+    faults = []
+    names: dict[str, str] = {}
+    kinds = dict.fromkeys(dense.feedforward_names)
+    for name in kinds:
+        if hasattr(dense.feedforwards[name][1], "parts"):
+            faults.append(f"feedforwards.{name} is a mixture of experts already: begin with the dense model.")
+            continue
+        called = "moe" if len(kinds) == 1 else f"moe_{name}"
+        while called in tables["feedforwards"] or called in tables["mixers"]:
+            called += "_"
+        names[name] = called
+        tables["feedforwards"][called] = {"kind": "moe", "expert": name} | settings
+    pattern = [names.get(name, name) for name in dense.feedforward_names]
+    tables["model"]["feedforward_pattern"] = pattern[:1] if len(set(pattern)) == 1 else pattern
+    factors = tables["model"].get("residual_factors", {})
+    tables["model"]["residual_factors"] = {names.get(name, name): factor for name, factor in factors.items()}
+    return faults
 
 
 class _Copies(Weights):

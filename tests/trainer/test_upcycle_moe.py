@@ -179,7 +179,7 @@ def test_what_cannot_be_made_is_refused_all_at_once(dense: Path, tmp_path: Path)
     assert "gate_norm = 'none', expected 'selected'" in refused(dense, out, *ONE, "--format", "mixtral")
     mixed = decoder({"softmax": GROUPED}, {"moe": EXPERTS} | SWIGLU, vocab_size=VOCAB)
     said = refused(write_step(tmp_path / "mixed", mixed), out, *FOUR, "--router-std", "nan")
-    assert "feedforwards.moe (MoE) is made of others already" in said
+    assert "feedforwards.moe is a mixture of experts already" in said
 
 
 def test_a_folder_that_computes_something_else_is_not_written(
