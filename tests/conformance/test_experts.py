@@ -100,7 +100,9 @@ def test_some_experts_are_frozen(pool: Pool, alone: Alone) -> None:
     frozen = ("layers.0.feedforward.experts.[03].*", "layers.0.feedforward.router.*")
     case = replace(spread_case("ep2", "softmax", bias_rate=0.01), num_layers=2)
     compare(pool, alone, case, "ep2", "fp64", frozen=frozen)
-    assert "layers.0.feedforward.experts.0.up.weight" not in alone(case, frozen=frozen)["gradients"]
+    found = alone(case, frozen=frozen)
+    assert "layers.0.feedforward.experts.0.up.weight" not in found["gradients"]
+    assert not found["parameters"]["layers.0.feedforward.router.selection_bias"].any()
 
 
 @pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x pp2", marks=MATRIX)])
