@@ -161,6 +161,13 @@ def test_other_experts_are_spread(pool: Pool, alone: Alone, settings: str, name:
     compare(pool, alone, case, name, "fp64")
 
 
+@pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
+def test_experts_of_attention_beside_those_of_feedforwards(pool: Pool, alone: Alone, name: str) -> None:
+    """Blocks as in BAM: both on the same normed input."""
+    model = {"feedforward_pattern": ["moe", "gelu"], "residual": "parallel"}
+    compare(pool, alone, replace(Case.of("bam", name, "fp64"), num_layers=2, model=model), name, "fp64")
+
+
 OTHERS = [(kind, example) for kind, example in CASES if example > 0]
 OTHER_LAYOUTS = ["tp4", "cp2", "tp2 x pp2 x fsdp2"]
 
