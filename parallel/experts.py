@@ -62,7 +62,8 @@ class _SpreadDispatch(Dispatch):
         self._sent = [sum(going[first : first + each]) for first in range(0, len(going), each)]
         self._received = [sum(coming[first : first + each]) for first in range(0, len(coming), each)]
         # From the order in which they come, by rank, to that of the experts here.
-        of_expert = torch.arange(each).repeat(experts.size).repeat_interleave(torch.tensor(coming))
+        numbers = torch.arange(each).repeat(experts.size)
+        of_expert = numbers.repeat_interleave(torch.tensor(coming), output_size=sum(coming))
         self._order = of_expert.argsort(stable=True).to(device)
         self._inverse = inverse_of(self._order)
 

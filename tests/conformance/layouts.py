@@ -31,7 +31,7 @@ from trainer.signals import StopRequest
 from trainer.step import Updater
 
 ROWS, LENGTH = 16, 24
-FEEDFORWARDS = {2: ["sglu", "gelu"], 4: ["swiglu", "gelu", "sglu", "swiglu"]}
+FEEDFORWARDS = {1: ["swiglu"], 2: ["sglu", "gelu"], 4: ["swiglu", "gelu", "sglu", "swiglu"]}
 LR, CLIP = 0.01, 0.5
 EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert": "sglu", "balance_weight": 0.7, "z_loss_weight": 0.1}
 """A mixture whose losses have a good part in every gradient."""

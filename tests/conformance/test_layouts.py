@@ -16,14 +16,11 @@ import pytest
 import torch
 
 from model.config import Architecture
-from model.feedforward.moe import MoE
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults
 from tests.conformance.layouts import (
     BOUNDS,
     CLIP,
-    EXPERT_LAYOUTS,
-    EXPERTS,
     KNOWN,
     LAYOUTS,
     LENGTH,
@@ -133,39 +130,6 @@ def test_a_layout_equals_one_process_in_fp32(pool: Pool, alone: Alone, kinds: st
 @pytest.mark.parametrize("kinds", FOURS)
 def test_a_product_equals_one_process(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
     compare(pool, alone, Case.of(kinds, name, "fp64"), name, "fp64")
-
-
-QUICK_EXPERTS = ("ep2", "ep2 x tp2", "ep2 x pp2", "ep2 x cp2 x fsdp2")
-OTHER_EXPERTS = {
-    "one each, sigmoid, shared, numbers": MoE.examples[1]["moe"] | {"shared": "sglu"},
-    "three each, numbers": MoE.examples[2]["moe"],
-    "some without tokens": {"num_experts": 8, "top_k": 1, "gate_norm": "none", "router_init_std": 3.0},
-}
-
-
-@pytest.mark.parametrize(
-    "name", [cell if cell in QUICK_EXPERTS else pytest.param(cell, marks=MATRIX) for cell in EXPERT_LAYOUTS]
-)
-def test_experts_are_spread(pool: Pool, alone: Alone, name: str) -> None:
-    """Two of four layers have experts, in different stages of a pipeline; they have biases."""
-    case = Case.of("softmax+lightning", name, "fp64")
-    compare(pool, alone, replace(case, model={"feedforward_pattern": ["moe", "gelu"]}), name, "fp64")
-
-
-@pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
-@pytest.mark.parametrize("settings", OTHER_EXPERTS)
-def test_other_experts_are_spread(pool: Pool, alone: Alone, settings: str, name: str) -> None:
-    experts = EXPERTS | OTHER_EXPERTS[settings]
-    case = replace(Case.of("softmax", name, "fp64"), num_layers=2, experts=experts)
-    case = replace(case, model={"feedforward_pattern": ["moe", "gelu"]})
-    compare(pool, alone, case, name, "fp64")
-
-
-@pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
-def test_experts_of_attention_beside_those_of_feedforwards(pool: Pool, alone: Alone, name: str) -> None:
-    """Blocks as in BAM: both on the same normed input."""
-    model = {"feedforward_pattern": ["moe", "gelu"], "residual": "parallel"}
-    compare(pool, alone, replace(Case.of("bam", name, "fp64"), num_layers=2, model=model), name, "fp64")
 
 
 OTHERS = [(kind, example) for kind, example in CASES if example > 0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.mutations.attention import FAULTS as IN_ATTENTION
 from tests.mutations.bam import FAULTS as OF_BAM
 from tests.mutations.diagnostics import FAULTS as IN_DIAGNOSTICS
+from tests.mutations.experts import FAULTS as OF_EXPERTS
 from tests.mutations.fault import Fault
 from tests.mutations.gated import FAULTS as OF_GATED
 from tests.mutations.general import FAULTS as GENERAL
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
 FAULTS = [
     *(*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS),
-    *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM),
+    *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM, *OF_EXPERTS),
 ]
 
 

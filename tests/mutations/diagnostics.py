@@ -53,7 +53,7 @@ FAULTS = [
     Fault(
         "a diagnosis on each rank's own rows alone",
         "parallel/diagnose.py",
-        [("    dist.all_reduce(sums)\n", "")],
+        [("    sum_lists([tally.head_sums, tally.layer_sums, tally.expert_sums], dist.group.WORLD)\n", "")],
         [f"{LAYOUT}[cp2 x fsdp2]"],
     ),
     Fault(

@@ -51,7 +51,7 @@ FAULTS = [
     Fault(
         "a tied head that does not follow the embedding",
         "trainer/step.py",
-        [("            self.model.update_copies()\n", "")],
+        [("            self.model.finish_update()\n", "")],
         cells("softmax", "pp2"),
     ),
     Fault(
@@ -175,10 +175,10 @@ FAULTS = [
         "parallel/muon.py",
         [
             (
-                "        matrix = self.holders.gather(pieces, shape, dimension)\n"
-                "        if self.holders.index < len(names):\n"
+                "        matrix = holders.gather(pieces, shape, dimension)\n"
+                "        if holders.index < len(names):\n"
                 "            matrix = orthogonalise(matrix, self.ns_steps)\n"
-                "        return self.holders.hand_out(matrix, dimension)\n",
+                "        return holders.hand_out(matrix, dimension)\n",
                 "        return torch.stack([orthogonalise(piece, self.ns_steps) for piece in pieces])\n",
             )
         ],

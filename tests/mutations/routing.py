@@ -58,19 +58,19 @@ FAULTS = [
     Fault(
         "routing: choices of the global batch counted by one process for itself",
         BALANCE,
-        [("        dist.all_reduce(counts)\n", "")],
+        [("        dist.all_reduce(found)\n", "")],
         cells("global batch-cp2 x fsdp2"),
     ),
     Fault(
         "routing: choices of the last micro-batch taken for the global batch's",
         BALANCE,
-        [("self.counts.get(layer, 0) + counts", "counts")],
+        [("self.counts.get(key, 0) + counts", "counts")],
         cells("global batch-accumulate 4"),
     ),
     Fault(
         "routing: choices counted once and for all",
         "parallel/spread.py",
-        [("not self._balance.counts_first:", "not self._balance.counts_first or self._balance._shares:")],
+        [("and loss.counts_first]", "and loss.counts_first and not loss._shares]")],
         ["tests/conformance/test_balance.py::test_each_step_counts_what_its_own_batch_chooses"],
     ),
     Fault(
@@ -142,8 +142,8 @@ FAULTS = [
         ROUTING,
         [
             (
-                "order = scores_BNU.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]",
-                "order = scores_BNU.detach().sort(dim=-1, stable=True).indices[..., -count:]",
+                "return scores_BNU.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]",
+                "return scores_BNU.detach().sort(dim=-1, stable=True).indices[..., -count:]",
             )
         ],
         [UNIT],

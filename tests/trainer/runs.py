@@ -151,7 +151,8 @@ def events(run_dir: Path, *names: str) -> list[dict[str, Any]]:
 
 def curve(run_dir: Path) -> list[tuple[Any, ...]]:
     """What a twin must repeat bit for bit."""
-    keys = ("step", "loss", "entropy_loss", "head_balance_loss", "grad_norm", "tokens", "lr", "skipped", "val_loss")
+    auxiliary = ("entropy_loss", "head_balance_loss", "expert_balance_loss", "router_z_loss")
+    keys = ("step", "loss", *auxiliary, "grad_norm", "tokens", "lr", "skipped", "val_loss")
     return [tuple(record.get(key) for key in keys) for record in read_metrics(run_dir)]
 
 

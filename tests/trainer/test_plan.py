@@ -208,6 +208,22 @@ def test_reparametrised_matrices_are_planned(name: str, hybrid: Path, pool: Pool
     assert reductions == (3 if LAYOUTS[name][0] > 1 else 0)
 
 
+@pytest.mark.parametrize("parallel", [{"ep": 2}, pytest.param({"ep": 2, "pp": 2}, marks=pytest.mark.matrix)])
+def test_experts_are_planned(parallel: dict[str, int], tmp_path: Path, pool: Pool) -> None:
+    """A plan takes all experts to get equally many tokens: as they do where each token goes to all of them."""
+    moe = {"num_experts": 4, "top_k": 4, "expert": "swiglu", "bias_rate": 0.01}
+    parts = {"feedforwards": {"moe": moe, "swiglu": {"d_ff": 64}}}
+    path = write_config(tmp_path, str(tmp_path / "nothing"), model=MODEL, data=SIZES, **parts)
+    planned = traced(path, 4, **parallel)
+    layout = resolve_layout(configured(path, 4, **parallel).parallel, 4)
+    real = pool.run(really_traced, 4, path, "fp32", parallel)
+    for rank in planned:
+        found, held = real[costliest_ranks(layout)[rank.pp_rank]]
+        assert {name: rank.memory[name] for name in held} == pytest.approx(held, rel=0.03)
+        assert rank == replace(found, memory=rank.memory)
+        assert any(sent.kind == "all-to-all" and sent.dimension == "ep" for sent in rank.sent)
+
+
 @pytest.mark.parametrize("name", ["alone, selective", pytest.param("cp2 x fsdp2", marks=pytest.mark.matrix)])
 def test_a_penalty_on_entropies_is_planned(name: str, hybrid: Path, pool: Pool) -> None:
     """Its blocks of the map, its thresholds, and what is summed for it."""

@@ -76,6 +76,7 @@ def diagnose(argv: list[str]) -> int:
 
 
 def _layer_table(found: Any) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from trainer.diagnostics import head_loads
@@ -83,7 +84,7 @@ def _layer_table(found: Any) -> Any:
     head = ("layer", "entropy, nats", "lowest head", "normalised", "sinks", "largest logit", "first token gets")
     loads = {"least load": head_loads(found), "least expert load": found.expert_loads}
     loads = {title: rows for title, rows in loads.items() if any(rows)}
-    table = Table(*head, *loads, "largest residual", "first / median norm")
+    table = Table(*head, *loads, "largest residual", "first / median norm", box=SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
     means = {name: [_mean(row) for row in found.rows(name)] for name in ("entropy", "entropy_norm", "first_weight")}

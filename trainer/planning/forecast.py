@@ -10,7 +10,7 @@ from trainer.planning.devices import Assumptions
 from trainer.planning.program import RankTrace, Sent, trace_pipeline
 from trainer.throughput import training_flops_per_token
 
-DATA_PARALLEL = ("dp_replicate", "dp_shard", "dp_shard x cp")
+DATA_PARALLEL = ("dp_replicate", "dp_shard", "dp_shard x cp", "dp_shard / ep", "dp_shard x cp / ep")
 
 
 @dataclass(frozen=True)

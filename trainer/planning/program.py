@@ -259,9 +259,11 @@ def _by_dimension(sums: Sums, mesh: Mesh) -> list[Sent]:
     names = {dist.group.WORLD.group_name: ("all", dist.group.WORLD)}
     names |= {mesh.group(name).group_name: (name, mesh.group(name)) for name in mesh.whole.mesh_dim_names}
     shards = mesh.data.get_group("shards")
-    names[shards.group_name] = ("dp_shard" if mesh.layout.cp == 1 else "dp_shard x cp", shards)
+    sharding = "dp_shard" if mesh.layout.cp == 1 else "dp_shard x cp"
+    names[shards.group_name] = (sharding, shards)
     if mesh.experts is not None:
-        names[mesh.expert_data.get_group("expert_shards").group_name] = ("ranks with the same experts", shards)
+        same_experts = mesh.expert_data.get_group("expert_shards")
+        names[same_experts.group_name] = (f"{sharding} / ep", same_experts)
         names[mesh.experts.group_name] = ("ep", mesh.experts)
     found = []
     for (kind, group_name), traffic in sums.items():

@@ -50,7 +50,8 @@ def show(plan: Forecast, remedies: list[Remedy]) -> None:
     factors = " x ".join(f"{name} {size}" for name in names if (size := getattr(layout, name)) > 1)
     console.print(
         f"{plan.parameters:,} parameters on {layout.world_size} x {plan.assumptions.device}"
-        f"{', ' + factors if factors else ''}; {plan.precision}, microbatches {layout.microbatches}, "
+        f"{', ' + factors if factors else ''}{f', experts over ep {layout.ep}' if layout.ep > 1 else ''}; "
+        f"{plan.precision}, microbatches {layout.microbatches}, "
         f"recompute {plan.recompute}: the layout is legal."
     )
     console.print(_memory_table(plan))
