@@ -83,6 +83,7 @@ def ask_in_this_process(folder: Path, tokens: Tensor, **request: Any) -> Answer:
         "tokens": tokens.tolist(),
         "texts": request.get("texts"),
         "trust": request["trust"],
+        "wide": request.get("wide", ()),
         "round_to": None if rounded is None else str(rounded).removeprefix("torch."),
     }
     return Answer(*answer(content))

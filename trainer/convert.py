@@ -166,7 +166,8 @@ def from_hf(
         found = native_logits(StepFolder(partial), tokens, kept, allow_code=allow_code)
         with _readable_by_transformers(source, architecture) as (readable, trust):
             packages = _packages(architecture)
-            answer = ask_transformers(readable, tokens, trust=trust, round_to=kept, packages=packages)
+            wide = source.format.wide
+            answer = ask_transformers(readable, tokens, trust=trust, round_to=kept, wide=wide, packages=packages)
         agreement = judge(answer.logits, found, StepFolder(partial), tokens, kept, allow_code=allow_code)
         say(f"logits of Headway and transformers: {agreement}")
         if not agreement.holds:

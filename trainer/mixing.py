@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from model.config import Architecture
-from model.feedforward.moe import MoE
 from model.files import new_folder
 from model.hf.check import Agreement, check_tokens, compare, native_logits
 from model.hf.export import write_folder
@@ -44,6 +43,7 @@ from trainer.convert import (
     tokenizer_of,
 )
 from trainer.data.tokenizer import Tokenizer
+from trainer.experts import in_place_of_feedforwards
 from trainer.upcycle import in_place_of_softmax
 
 FREE = {"pattern", "feedforward_pattern", "residual_factors", "init_std", "init_depth_scaled", "init_from"}
@@ -227,11 +227,6 @@ def with_experts(dense: Architecture, mixture: Mixture, count: int) -> Architect
             faults.append(f"mixers.{name} is a mixture of attentions already: begin with dense models.")
         elif mixer is not Softmax:
             faults.append(f"mixers.{name} is {mixer.__name__}: only softmax attention can be an expert.")
-    names: dict[str, str] = {}
-    for name in dict.fromkeys(dense.feedforward_names):
-        if dense.feedforwards[name][0] is MoE:
-            faults.append(f"feedforwards.{name} is a mixture of experts already: begin with dense models.")
-        names[name] = "moe" if len(set(dense.feedforward_names)) == 1 else f"moe_{name}"
     tables, problems = in_place_of_softmax(
         dense,
         "bam",
@@ -242,20 +237,14 @@ def with_experts(dense: Architecture, mixture: Mixture, count: int) -> Architect
             "router_init_std": mixture.router_std,
         },
     )
-    if faults := faults + problems:
+    settings = {
+        "num_experts": count,
+        "top_k": mixture.top_k,
+        "gate_norm": "selected" if mixture.ffn_gate_norm == "selected" else "none",
+        "router_init_std": 0.0 if mixture.ffn_gate_norm == "scale_n" else mixture.router_std,
+    }
+    if faults := faults + problems + in_place_of_feedforwards(dense, tables, settings):
         raise ValueError("\n".join(faults))
-    for name, new in names.items():
-        tables["feedforwards"][new] = {
-            "kind": "moe",
-            "num_experts": count,
-            "top_k": mixture.top_k,
-            "expert": name,
-            "gate_norm": "selected" if mixture.ffn_gate_norm == "selected" else "none",
-            "router_init_std": 0.0 if mixture.ffn_gate_norm == "scale_n" else mixture.router_std,
-        }
-    tables["model"]["feedforward_pattern"] = [names[name] for name in dense.feedforward_names]
-    factors = tables["model"]["residual_factors"]
-    tables["model"]["residual_factors"] = {names.get(name, name): factor for name, factor in factors.items()}
     _, mixed = build_architecture(tables, faults)
     if mixed is None:
         raise ValueError("\n".join(faults))

@@ -89,6 +89,7 @@ def ask_transformers(
     trust: bool,
     texts: list[str] | None = None,
     round_to: torch.dtype | None = None,
+    wide: tuple[str, ...] = (),
     packages: frozenset[str] = frozenset(),
 ) -> Answer:
     """Load a folder in a process of its own, where neither Headway nor `packages` can be imported.
@@ -97,6 +98,7 @@ def ask_transformers(
         trust: whether code in the folder may be run: only what we have written there ourselves.
         texts: to be tokenized.
         round_to: weights are rounded to this before they compute in fp32.
+        wide: endings of the names of those that are not.
 
     Raises:
         ValueError: it cannot be loaded, with the last line of what was said.
@@ -109,6 +111,7 @@ def ask_transformers(
             "texts": texts,
             "trust": trust,
             "round_to": None if round_to is None else str(round_to).removeprefix("torch."),
+            "wide": list(wide),
             "blocked": sorted(FLOORS | packages),
         }
         request.write_text(json.dumps(content), encoding="utf-8")

@@ -150,8 +150,16 @@ FAMILIES = {
         },
         buffers=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
     ),
-    # As transformers 5 writes it; in memory it renames and packs the experts. Every feed-forward is a mixture there;
-    # with one expert it is a plain feed-forward, since the router says 1 whatever its weights are.
+    # As transformers 5 writes it; in memory it renames and packs the experts.
+    "mixtral": Family(
+        base="model.",
+        modules=_LLAMA_MODULES,
+        layer="model.layers.{}.",
+        places=_EVERYWHERE,
+        buffers=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+    ),
+    # Likewise. Every feed-forward is a mixture there; a plain one is that of one expert, since the router says 1 then
+    # whatever its weights are.
     "minimax": Family(
         base="model.",
         modules=_LLAMA_MODULES,
@@ -175,7 +183,7 @@ def to_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -
 
     Args:
         tensors: every parameter of the model by Headway's name, each whole (no DTensor).
-        family: `llama` (also Qwen3, whose layers are named alike), `transnormer`, `gpt2` or `minimax`.
+        family: `llama` (also Qwen3, whose layers are named alike), `transnormer`, `gpt2`, `mixtral` or `minimax`.
 
     Returns:
         Contiguous tensors of unchanged dtype; they may share memory with the given ones. A head that is tied to the
@@ -219,10 +227,11 @@ def match(
         family: as in `to_hf`.
 
     Raises:
-        ValueError: as `to_hf`; a head that differs from the embedding in a model that ties them; or several experts.
+        ValueError: as `to_hf`; a head that differs from the embedding in a model that ties them; or several experts
+            where the architecture has a plain feed-forward.
     """
     known, shapes = places(architecture, family), parameter_shapes(architecture)
-    keys = _parameter_keys(given, read, architecture, family)
+    keys = _parameter_keys(given, read, architecture, family, {place.name for place in known.values()})
     found = {name: given[key] for name, key in keys.items()}
     _check(found, {place.name: place.shape(shapes[name]) for name, place in known.items()}, "the checkpoint")
     return keys
@@ -239,7 +248,7 @@ def fillers(architecture: Architecture, family: str) -> dict[str, tuple[int, ...
         layer + name: (1, *wholes[layer + beside][1:])
         for layer in layers
         for name, beside in FAMILIES[family].fillers.items()
-        if layer + beside in wholes
+        if layer + beside in wholes and layer + name not in wholes
     }
 
 
@@ -337,20 +346,27 @@ def _packing_faults(known: dict[str, Place], shapes: dict[str, tuple[int, ...]])
 
 
 def _parameter_keys(
-    given: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], architecture: Architecture, name: str
+    given: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    architecture: Architecture,
+    name: str,
+    wanted: set[str],
 ) -> dict[str, str]:
-    """Full name -> key of the checkpoint's parameters: without what is passed over, and a head that is tied."""
+    """Full name -> key of the checkpoint's parameters: without what is passed over, and a head that is tied.
+
+    What is `wanted`, names in the family, is never passed over.
+    """
     if name == OWN:
         return {key: key for key in given}
     family = FAMILIES[name]
     bare = not any(key.startswith(family.base) for key in given)
     keys = {family.base + key if bare and key != HEAD else key: key for key in given}
-    routers = _matching(keys, [family.layer.format("*") + filler for filler in family.fillers])
+    routers = _matching(keys, [family.layer.format("*") + filler for filler in family.fillers]) - wanted
     for full in sorted(routers):
         if (experts := given[keys[full]][0]) != 1:
             raise ValueError(
-                f"{keys[full]} in the checkpoint chooses among {experts} experts, and this version takes one expert "
-                "only: a checkpoint with num_local_experts = 1 can be read."
+                f"{keys[full]} in the checkpoint chooses among {experts} experts, where the configuration has a plain "
+                f"feed-forward: num_local_experts = {experts} would say what the checkpoint is."
             )
     passed_over = routers | _matching(keys, family.buffers)
     keys = {full: key for full, key in keys.items() if full not in passed_over}

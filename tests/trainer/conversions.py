@@ -19,6 +19,8 @@ def decoder(mixers: dict[str, Any], feedforwards: dict[str, Any], **model: Any) 
 
 SWIGLU = {"swiglu": {"d_ff": 48}}
 GROUPED = {"num_heads": 4, "num_kv_heads": 2}
+# As a checkpoint of transformers can say them.
+EXPERTS = {"num_experts": 5, "top_k": 2, "expert": "swiglu", "balance_weight": 0.02}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", decoder({"softmax": GROUPED}, SWIGLU)),
     "llama tied, with biases": ("llama", decoder({"softmax": GROUPED}, SWIGLU, bias=True, tie_embeddings=True)),
@@ -70,6 +72,45 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             pattern=["minimax*3", "softmax"],
             residual="normalised",
             residual_factors={"minimax": [3.5, 1.0], "softmax": [2.5, 0.5], "swiglu": [1.5, 2.0]},
+        ),
+    ),
+    "mixtral": ("mixtral", decoder({"softmax": GROUPED}, {"moe": EXPERTS} | SWIGLU)),
+    "mixtral, tied, with a window": (
+        "mixtral",
+        decoder(
+            {"softmax": GROUPED | {"window": 7, "head_dim": 10, "rope_theta": 1e6}},
+            {"many": EXPERTS | {"kind": "moe", "num_experts": 3, "top_k": 3}} | SWIGLU,
+            tie_embeddings=True,
+            norm_eps=1e-5,
+        ),
+    ),
+    "mixtral, one expert": (
+        "mixtral",
+        decoder({"softmax": GROUPED}, {"moe": EXPERTS | {"num_experts": 1, "top_k": 1}} | SWIGLU),
+    ),
+    "minimax with experts": (
+        "minimax",
+        decoder(
+            {"minimax": {"num_heads": 4, "head_dim": 6}, "softmax": GROUPED | {"head_dim": 6}},
+            {"moe": EXPERTS} | SWIGLU,
+            num_layers=4,
+            pattern=["minimax*3", "softmax"],
+            residual="normalised",
+            residual_factors={"minimax": [3.5, 1.0], "softmax": [2.5, 0.5], "moe": [1.5, 2.0]},
+        ),
+    ),
+    "experts beside a shared one, chosen by other numbers": (
+        "headway",
+        decoder(
+            {"softmax": GROUPED},
+            {
+                "moe": EXPERTS
+                | {"top_k": 1, "score": "sigmoid", "gate_norm": "none", "bias_rate": 0.01}
+                | {"shared": "gelu"},
+                "gelu": {"d_ff": 16},
+            }
+            | SWIGLU,
+            bias=True,
         ),
     ),
     "transnormer, tied": (

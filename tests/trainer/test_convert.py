@@ -25,7 +25,7 @@ from model.mixers import MIXERS
 from model.mixers.softmax import Softmax
 from tests.checkpoints import architecture_of, random_weights, stored_weights, write_step
 from tests.conformance.models import CASES, mixer_class
-from tests.trainer.conversions import KINDS, SWIGLU, decoder, done
+from tests.trainer.conversions import EXPERTS, KINDS, SWIGLU, decoder, done
 from tests.trainer.runs import headway
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.train_tokenizer import train_tokenizer
@@ -73,7 +73,7 @@ def test_transformers_saves_a_transnormer_under_its_published_names(kind: str, t
 def all_layers() -> dict[str, Any]:
     """One model in which every registered mixer stands under each of its examples, and every feed-forward."""
     mixers = {f"{kind}-{index}": {"kind": kind} | mixer_class(kind).examples[index] for kind, index in CASES}
-    feedforwards = {"swiglu": {"d_ff": 48}, "sglu": {"d_ff": 40}, "gelu": {"d_ff": 56}}
+    feedforwards = {"swiglu": {"d_ff": 48}, "sglu": {"d_ff": 40}, "gelu": {"d_ff": 56}, "moe": EXPERTS}
     count = len(mixers)
     pattern = [[*feedforwards][index % len(feedforwards)] for index in range(count)]
     return decoder(mixers, feedforwards, num_layers=count, feedforward_pattern=pattern)

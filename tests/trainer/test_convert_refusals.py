@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import write_step
+from tests.checkpoints import stored_weights, write_step
 from tests.trainer.conversions import KINDS, SWIGLU, decoder, done
 from tests.trainer.runs import headway
 
@@ -95,6 +96,60 @@ def test_bad_input_is_refused_in_sentences(fault: str, exported: Path, tmp_path:
         if command[0] == "convert":
             assert all(words in said for words in wanted), said
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob("*.partial"))
+
+
+MIXTRAL = KINDS["mixtral"][1]
+OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "settings of gates": (
+        {"score": "sigmoid", "gate_scale": 2.0, "bias_rate": 0.01, "shared": "swiglu"},
+        [
+            "score = 'sigmoid', expected 'softmax'",
+            "gate_scale = 2.0, expected 1.0",
+            "shared = 'swiglu', expected None",
+            "bias_rate = 0.01, expected 0.0",
+        ],
+    ),
+    "one expert for a token": (
+        {"top_k": 1, "gate_norm": "none"},
+        ["gate_norm = 'none', expected 'selected'", "top_k = 1 would be a gate of 1 there"],
+    ),
+    "experts of another kind": ({"expert": "sglu"}, ["experts are of the kind swiglu there, and sglu is not"]),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_mixture_that_mixtral_cannot_say_goes_out_as_our_own(what: str, tmp_path: Path) -> None:
+    settings, said_of_it = OTHERS[what]
+    feedforwards = {"moe": MIXTRAL["feedforwards"]["moe"] | settings, "sglu": {"d_ff": 8}} | SWIGLU
+    tables = decoder(MIXTRAL["mixers"], feedforwards, feedforward_pattern=["moe"])
+    step, out = write_step(tmp_path / "step", tables), tmp_path / "out"
+    code, said = headway("convert", "to-hf", str(step), str(out), "--format", "mixtral")
+    assert code == 2 and all(words in said for words in said_of_it), said
+    done("convert", "to-hf", str(step), str(out))
+    assert json.loads((out / "config.json").read_text())["model_type"] == "headway"
+
+
+def test_one_expert_of_several_for_a_token_is_refused(tmp_path: Path) -> None:
+    step, out = write_step(tmp_path / "step", MIXTRAL), tmp_path / "out"
+    done("convert", "to-hf", str(step), str(out))
+    change_config(out, num_experts_per_tok=1, hidden_act="relu")
+    code, said = headway("convert", "from-hf", str(out), str(tmp_path / "back"))
+    assert code == 2 and "hidden_act = 'relu'" in said
+    assert "num_experts_per_tok = 1 of num_local_experts = 5" in said and "num_experts_per_tok = 2 can be read" in said
+    change_config(out, num_experts_per_tok=7, hidden_act="silu")
+    code, said = headway("convert", "from-hf", str(out), str(tmp_path / "back"))
+    assert code == 2 and "the nearest that can is 5" in said
+
+
+def test_routers_stay_as_exact_as_they_are(tmp_path: Path) -> None:
+    """They are in fp32 in every model: what is compared rounds neither ours nor those of transformers."""
+    step, out, back = write_step(tmp_path / "step", MIXTRAL), tmp_path / "out", tmp_path / "back"
+    done("convert", "to-hf", str(step), str(out))
+    done("convert", "from-hf", str(out), str(back), "--dtype", "bfloat16")
+    ours, again = stored_weights(step), stored_weights(back)
+    router, expert = "layers.1.feedforward.router.weight", "layers.1.feedforward.experts.3.up.weight"
+    assert torch.equal(again[router], ours[router])
+    assert torch.equal(again[expert], ours[expert].bfloat16())
 
 
 def test_pickled_code_is_not_run(exported: Path, tmp_path: Path) -> None:

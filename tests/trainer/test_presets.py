@@ -37,6 +37,12 @@ def gpt(layers: int, width: int, vocab: int, positions: int) -> int:
     return layers * (12 * width * width + 13 * width) + 2 * width + (vocab + positions) * width
 
 
+def mixtral(layers: int, width: int, heads: int, kv_heads: int, hidden: int, vocab: int, *, experts: int) -> int:
+    """Parameters of a Llama with several experts in place of each feed-forward, and a router in front of them."""
+    more = 3 * width * hidden * (experts - 1) + experts * width
+    return llama(layers, width, heads, kv_heads, hidden, vocab, matrices=2) + layers * more
+
+
 def moh(layers: int, width: int, shared: int, routed: int, hidden: int, vocab: int) -> int:
     """Parameters of a Llama whose layers have three routers: of routed heads, of shared ones, and of the two kinds."""
     llama_alike = llama(layers, width, 1, 1, hidden, vocab, matrices=2)
@@ -80,6 +86,7 @@ SIZES = {
     "hybrid-7to1-1b": Size(lambda: hybrid(2, 2048, 4 * 128, 5632, 32000), 999e6, 3),
     "moh-llm-s": Size(lambda: moh(12, 768, 4, 8, 2048, 65536), 186e6, 3),
     "moh-llm-b": Size(lambda: moh(24, 1536, 6, 10, 4096, 65536), 882e6, 3),
+    "mixtral-8x7b": Size(lambda: mixtral(32, 4096, 32, 8, 14336, 32000, experts=8), 46_702_792_704),
     "gpt-8.3b": Size(lambda: gpt(72, 3072, 51200, 1024), 8.3e9, 2),
 }
 

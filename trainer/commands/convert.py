@@ -24,8 +24,8 @@ class ToArguments:
     max_shard_size: str = "5GB"
     """Weights are cut into files of at most this."""
     format: str | None = None
-    """llama, mistral, qwen2, qwen3, gpt2, minimax, transnormer, or headway, which takes every model and brings its
-    own modelling file. Default: the first that can say all of the model."""
+    """llama, mistral, qwen2, qwen3, mixtral, gpt2, minimax, transnormer, or headway, which takes every model and brings
+    its own modelling file. Default: the first that can say all of the model."""
     tokenizer: str | None = None
     """A tokenizer folder or .model; "none" for none. Default: the one in the checkpoint."""
     allow_code: bool = False

@@ -14,11 +14,12 @@ from model.hf.formats.format import Format, Unfit
 from model.hf.formats.gpt2 import GPT2
 from model.hf.formats.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from model.hf.formats.minimax import MINIMAX
+from model.hf.formats.mixtral import MIXTRAL
 from model.hf.formats.own import OWN
 from model.hf.formats.transnormer import TRANSNORMER
 
 FORMATS: dict[str, Format] = {
-    entry.model_type: entry for entry in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, MINIMAX, TRANSNORMER, OWN)
+    entry.model_type: entry for entry in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, GPT2, MINIMAX, TRANSNORMER, OWN)
 }
 """By `model_type`, in the order in which an export tries them: the last takes every model."""
 

@@ -30,6 +30,7 @@ class Format:
         read: `config.json` -> tables. Raises ValueError with every reason why it cannot be.
         write: an architecture -> entries of `config.json`. Raises Unfit.
         code: the module that an export carries, where transformers has no class.
+        wide: endings of the names, in that class, of what is in fp32 here whatever the model is in.
         tied_unless_given: the head is tied unless the checkpoint holds another one, whatever its configuration says.
     """
 
@@ -39,6 +40,7 @@ class Format:
     read: Callable[[dict[str, Any]], Tables]
     write: Callable[[Architecture], dict[str, Any]]
     code: str | None = None
+    wide: tuple[str, ...] = ()
     tied_unless_given: bool = False
 
 

@@ -1,7 +1,11 @@
-"""Llama and its relatives in transformers: Mistral, Qwen2, Qwen3. Softmax attention and SwiGLU throughout."""
+"""Llama and its relatives in transformers: Mistral, Qwen2, Qwen3. Softmax attention throughout, and SwiGLU.
+
+Another relative may have other feed-forwards: it says how these are read and written.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +27,19 @@ from model.mixers.softmax import Softmax, SoftmaxConfig
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read(raw: dict[str, Any]) -> Tables:
+def read_dense(config: Any, faults: list[str]) -> Tables:
+    """The one feed-forward, as `[feedforwards.NAME]` tables."""
+    return {"swiglu": {"d_ff": config.intermediate_size}}
+
+
+def write_dense(architecture: Architecture, reasons: list[str]) -> dict[str, Any]:
+    """What `config.json` says of it; nothing where there are reasons against it."""
+    feedforward, faults = single_feedforward(architecture, "swiglu")
+    reasons += faults
+    return {} if feedforward is None else {"intermediate_size": feedforward.d_ff}
+
+
+def read(raw: dict[str, Any], feedforwards: Callable[[Any, list[str]], Tables] = read_dense) -> Tables:
     config = read_with_transformers(raw)
     kind = config.model_type
     faults = unlike({"hidden_act": config.hidden_act}, {"hidden_act": "silu"})
@@ -44,6 +60,7 @@ def read(raw: dict[str, Any]) -> Tables:
     if kind == "qwen3":
         mixer["qk_norm"] = True
     pattern, mixers = _layers(config, {"kind": "softmax"} | mixer)
+    feedforward_tables = feedforwards(config, faults)
     refuse(faults)
     model = {
         "d_model": config.hidden_size,
@@ -57,7 +74,7 @@ def read(raw: dict[str, Any]) -> Tables:
         "tie_embeddings": config.tie_word_embeddings,
         "init_std": config.initializer_range,
     }
-    return {"model": model, "mixers": mixers, "feedforwards": {"swiglu": {"d_ff": config.intermediate_size}}}
+    return {"model": model, "mixers": mixers, "feedforwards": feedforward_tables}
 
 
 def _layers(config: Any, mixer: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -73,11 +90,14 @@ def _layers(config: Any, mixer: dict[str, Any]) -> tuple[list[str], dict[str, An
     return [names[kind] for kind in kinds], {"softmax": mixer, "windowed": windowed}
 
 
-def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
+def write(
+    architecture: Architecture,
+    model_type: str,
+    feedforwards: Callable[[Architecture, list[str]], dict[str, Any]] = write_dense,
+) -> dict[str, Any]:
     m = architecture.model
     reasons = decoder_faults(architecture)
-    feedforward, faults = single_feedforward(architecture, "swiglu")
-    reasons += faults
+    feedforward_settings = feedforwards(architecture, reasons)
     used = [architecture.mixers[name] for name in architecture.mixer_names]
     if any(cls is not Softmax for cls, _ in used):
         reasons.append("mixers are softmax attention there.")
@@ -101,7 +121,6 @@ def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
         model_type,
         vocab_size=m.vocab_size,
         hidden_size=m.d_model,
-        intermediate_size=feedforward.d_ff,
         num_hidden_layers=m.num_layers,
         num_attention_heads=first.num_heads,
         num_key_value_heads=first.num_kv_heads or first.num_heads,
@@ -110,6 +129,7 @@ def write(architecture: Architecture, model_type: str) -> dict[str, Any]:
         initializer_range=m.init_std,
         tie_word_embeddings=m.tie_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": first.rope_theta},
+        **feedforward_settings,
         **_particular(model_type, m.bias, windows),
     )
 
@@ -130,12 +150,13 @@ def _differences(model_type: str, have: dict[str, bool], windows: list[int | Non
         "mistral": {"model.bias": False, "qkv_bias": False, "qk_norm": False},
         "qwen2": {"model.bias": False, "qkv_bias": True, "qk_norm": False},
         "qwen3": {"model.bias": False, "qkv_bias": False, "qk_norm": True},
+        "mixtral": {"model.bias": False, "qkv_bias": False, "qk_norm": False},
     }[model_type]
     reasons = unlike(have, wanted)
     kinds = set(windows)
     if model_type == "llama" and kinds != {None}:
         reasons.append("attention has no window there.")
-    if model_type == "mistral" and len(kinds) > 1:
+    if model_type in ("mistral", "mixtral") and len(kinds) > 1:
         reasons.append("all layers have the same window there.")
     if len(kinds - {None}) > 1:
         reasons.append("windowed layers all have the same window there.")
@@ -147,7 +168,7 @@ def _particular(model_type: str, bias: bool, windows: list[int | None]) -> dict[
     window = next((one for one in windows if one is not None), None)
     if model_type == "llama":
         return {"attention_bias": bias, "mlp_bias": bias}
-    if model_type == "mistral":
+    if model_type in ("mistral", "mixtral"):
         return {"sliding_window": window}
     kinds = [FULL if one is None else SLIDING for one in windows]
     return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": kinds}

@@ -1,10 +1,11 @@
-"""MiniMax in transformers: Lightning and softmax layers, the normalised residual, one expert."""
+"""MiniMax in transformers: Lightning and softmax layers, the normalised residual, one expert or several."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from model.config import Architecture
+from model.feedforward.moe import MoE
 from model.hf.formats.format import (
     Format,
     Tables,
@@ -13,11 +14,11 @@ from model.hf.formats.format import (
     read_with_transformers,
     refuse,
     rope_theta,
-    single_feedforward,
     unlike,
     written_by_transformers,
 )
-from model.hf.formats.llama import FULL, decoder_faults
+from model.hf.formats.llama import FULL, decoder_faults, read_dense, write_dense
+from model.hf.formats.mixtral import ROUTERS, read_mixture, write_mixture
 from model.mixers.minimax import MiniMax
 from model.mixers.softmax import Softmax
 
@@ -28,11 +29,9 @@ def read(raw: dict[str, Any]) -> Tables:
     config = read_with_transformers(raw)
     plain = {"hidden_act": "silu", "sliding_window": None}
     faults = unlike({key: getattr(config, key) for key in plain}, plain)
-    if config.num_local_experts != 1:
-        faults.append(
-            f"num_local_experts = {config.num_local_experts}: this version has no mixture of experts; one expert, "
-            "which is a dense model, works."
-        )
+    # Of one expert the gate is 1, whatever the router says: a plain feed-forward.
+    feedforwards = (read_dense if config.num_local_experts == 1 else read_mixture)(config, faults)
+    feedforward = next(iter(feedforwards))
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     softmax = {
         "num_heads": config.num_attention_heads,
@@ -48,7 +47,7 @@ def read(raw: dict[str, Any]) -> Tables:
     factors = {
         "softmax": [config.full_attn_alpha_factor, config.full_attn_beta_factor],
         "minimax": [config.linear_attn_alpha_factor, config.linear_attn_beta_factor],
-        "swiglu": [config.mlp_alpha_factor, config.mlp_beta_factor],
+        feedforward: [config.mlp_alpha_factor, config.mlp_beta_factor],
     }
     model = {
         "d_model": config.hidden_size,
@@ -59,11 +58,11 @@ def read(raw: dict[str, Any]) -> Tables:
         "norm": "rmsnorm",
         "norm_eps": config.rms_norm_eps,
         "residual": "normalised",
-        "residual_factors": {name: values for name, values in factors.items() if name in {*mixers, "swiglu"}},
+        "residual_factors": {name: values for name, values in factors.items() if name in {*mixers, feedforward}},
         "tie_embeddings": config.tie_word_embeddings,
         "init_std": config.initializer_range,
     }
-    return {"model": model, "mixers": mixers, "feedforwards": {"swiglu": {"d_ff": config.intermediate_size}}}
+    return {"model": model, "mixers": mixers, "feedforwards": feedforwards}
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
@@ -72,8 +71,10 @@ def write(architecture: Architecture) -> dict[str, Any]:
     reasons += unlike(
         {"model.bias": m.bias, "model.residual": m.residual}, {"model.bias": False, "model.residual": "normalised"}
     )
-    feedforward, faults = single_feedforward(architecture, "swiglu")
-    reasons += faults
+    if any(architecture.feedforwards[name][0] is MoE for name in architecture.feedforward_names):
+        feedforward = write_mixture(architecture, reasons)
+    else:
+        feedforward = write_dense(architecture, reasons) | {"num_local_experts": 1, "num_experts_per_tok": 1}
     used = {name: architecture.mixers[name] for name in architecture.mixer_names}
     if any(cls not in (Softmax, MiniMax) for cls, _ in used.values()):
         raise Unfit([*reasons, "mixers are softmax and minimax there."])
@@ -93,7 +94,6 @@ def write(architecture: Architecture) -> dict[str, Any]:
         "minimax",
         vocab_size=m.vocab_size,
         hidden_size=m.d_model,
-        intermediate_size=feedforward.d_ff,
         num_hidden_layers=m.num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=(softmax[0].num_kv_heads or num_heads) if softmax else num_heads,
@@ -103,8 +103,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         tie_word_embeddings=m.tie_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": softmax[0].rope_theta if softmax else 10000.0},
         layer_types=kinds,
-        num_local_experts=1,
-        num_experts_per_tok=1,
+        **feedforward,
         **factors,
     )
 
@@ -126,4 +125,4 @@ def _factors(architecture: Architecture, reasons: list[str]) -> dict[str, float]
     return factors
 
 
-MINIMAX = Format("minimax", "minimax", "MiniMaxForCausalLM", read, write)
+MINIMAX = Format("minimax", "minimax", "MiniMaxForCausalLM", read, write, wide=ROUTERS)
