@@ -76,6 +76,14 @@ def test_experts_beside_other_mixers(pool: Pool, alone: Alone, kinds: str) -> No
     compare(pool, alone, spread_case("ep4 on cp2 x fsdp2 x tp2", kinds), "ep4 on cp2 x fsdp2 x tp2", "fp64")
 
 
+@MATRIX
+@pytest.mark.parametrize("name", ["ep2 x tp2", "ep2 x cp2 x fsdp2"])
+def test_experts_beside_those_of_attention(pool: Pool, alone: Alone, name: str) -> None:
+    """Blocks as in BAM: both on the same normed input."""
+    case = replace(spread_case(name, "bam", top_k=1, gate_norm="none"), num_layers=2)
+    compare(pool, alone, replace(case, model=FIRST_HAS_EXPERTS | {"residual": "parallel"}), name, "fp64")
+
+
 @pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
 @pytest.mark.parametrize("settings", OTHER)
 def test_other_experts_are_spread(pool: Pool, alone: Alone, settings: str, name: str) -> None:
