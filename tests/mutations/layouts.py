@@ -84,9 +84,7 @@ FAULTS = [
         "parameters put back between forward and backward under zero bubbles",
         "parallel/spread.py",
         [("keep_gathered=layout.pp > 1", "keep_gathered=False")],
-        [
-            "tests/conformance/test_layouts.py::test_a_product_equals_one_process[softmax+sigmoid+moh+bam-pp2 zbv x fsdp2]"
-        ],
+        [f"tests/conformance/test_layouts.py::test_a_product_equals_one_process[{FOURS[0]}-pp2 zbv x fsdp2]"],
     ),
     Fault(
         "stages without shapes, which torch then finds out by a hidden step",
