@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from model.config import Architecture
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
-from tests.conformance.layouts import LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
+from tests.conformance.layouts import EXPERT_LAYOUTS, EXPERTS, LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
 from tests.conformance.models import CASES, mixer_class
+from tests.conformance.test_experts import CROSSINGS as EXPERT_CROSSINGS
+from tests.conformance.test_experts import QUICK
 from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
-from tests.conformance.test_layouts import FOURS, KINDS, OTHER_LAYOUTS, OTHERS, PAIRS, faults
+from tests.conformance.test_layouts import CELLS, FOURS, FP32, KINDS, OTHER_LAYOUTS, OTHERS, PAIRS, faults
 
 Rows = list[tuple[str, ...]]
 FILE = "tests/conformance/test_layouts.py"
+FILES = [FILE, "tests/conformance/test_experts.py"]
 
 
 def tables() -> dict[str, Rows]:
     """Every table of docs/layouts.md by its name."""
     return {
-        "layouts": _cells(
-            LAYOUTS, KINDS, ["test_a_layout_equals_one_process", "test_a_layout_equals_one_process_in_fp32"]
-        ),
-        "products": _cells(PRODUCTS, KINDS, ["test_a_product_equals_one_process"]),
+        "layouts": _cells(LAYOUTS, FP32),
+        "products": _cells(PRODUCTS),
+        "experts": _expert_cells(),
         "other settings": _other_settings(),
         "crossings": _crossings(),
         "refusals": _refusals(),
@@ -37,12 +40,20 @@ def settings_of(parallel: ParallelConfig) -> str:
     return ", ".join(f"{key} {value}" for key, value in changed.items() if value != getattr(default, key)) or "defaults"
 
 
-def _cells(layouts: dict[str, tuple[int, ParallelConfig]], kinds: list[str], tests: list[str]) -> Rows:
-    held = "; ".join(["fp64, 1e-9", "fp32, 1e-5"][: len(tests)])
-    rows: Rows = [("layout", "processes", "settings", *kinds), ("---", "--:", *["---"] * (1 + len(kinds)))]
+def _cells(layouts: dict[str, tuple[int, ParallelConfig]], in_fp32: Sequence[str] = ()) -> Rows:
+    rows: Rows = [("layout", "processes", "settings", *KINDS), ("---", "--:", *["---"] * (1 + len(KINDS)))]
     for name, (world_size, parallel) in layouts.items():
-        cells = [_cell(replace(Case.of(kind, name, "fp64"), num_layers=8), name, held) for kind in kinds]
+        held = "fp64, 1e-9" + "; fp32, 1e-5" * (name in in_fp32)
+        cells = [_cell(replace(Case.of(kind, name, "fp64"), num_layers=8), name, held) for kind in KINDS]
         rows.append((name, str(world_size), settings_of(parallel), *cells))
+    return rows
+
+
+def _expert_cells() -> Rows:
+    rows: Rows = [("layout", "processes", "settings", "held to"), ("---", "--:", "---", "---")]
+    for name, (world_size, parallel) in EXPERT_LAYOUTS.items():
+        held = "fp64, 1e-9" + "; fp32, 1e-5" * (name in QUICK)
+        rows.append((name, str(world_size), settings_of(parallel), held))
     return rows
 
 
@@ -66,6 +77,7 @@ def _other_settings() -> Rows:
 def _crossings() -> Rows:
     rows: Rows = [("written by", "read by", "the run that goes on equals"), ("---",) * 3]
     rows += [(by, then, "one process, fp64, 1e-9; parameters and moments") for by, then in CROSSINGS]
+    rows += [(by, then, "the same with experts") for by, then in EXPERT_CROSSINGS]
     rows += [(by, then, "the same with Muon, lightning") for by, then in MUON_CROSSINGS]
     rows += [(name, name, f"the run that was not stopped, {precision}, bit for bit") for name, precision in BIT_EQUAL]
     rows += [(name, name, f"the same with Muon, {precision}") for name, precision in MUON_BIT_EQUAL]
@@ -88,14 +100,18 @@ def _refusals() -> Rows:
         (2, {"pp": 2, "pp_schedule": "zbv"}, True),
         (7, {"cp": 7}, False),
         (2, {"ep": 2}, False),
+        (4, {"ep": 3}, False),
+        (8, {"ep": 8}, False),
         (1, {"engine": "deepspeed"}, False),
     ]
     architecture: Architecture = Case("softmax").architecture()
+    with_experts = Case("softmax", experts=EXPERTS).architecture()
     rows: Rows = [("asked for", "refused with"), ("---", "---")]
     for world_size, settings, compiled in asked:
         config = ParallelConfig(**settings)
         sizes = {"seq_len": LENGTH, "global_batch_size": ROWS}
-        said = layout_faults(config, world_size, architecture, **sizes, compiled=compiled) + unbuilt_faults(config)
+        found = with_experts if settings.get("ep", 1) > 2 else architecture
+        said = layout_faults(config, world_size, found, **sizes, compiled=compiled) + unbuilt_faults(config)
         assert said, f"{settings} is legal now"
         what = f"{settings_of(config)}{', run.compile' if compiled else ''} on {world_size} processes"
         rows.append((what, "<br>".join(said).replace("mixers.it", "mixers.softmax")))
@@ -104,10 +120,12 @@ def _refusals() -> Rows:
 
 def test_ids() -> set[str]:
     """Every test that the tables speak of, as pytest calls it."""
-    ids = {f"{FILE}::test_a_layout_equals_one_process[{kind}-{name}]" for kind in KINDS for name in LAYOUTS}
-    ids |= {f"{FILE}::test_a_layout_equals_one_process_in_fp32[{kinds}-{name}]" for kinds in PAIRS for name in LAYOUTS}
+    cells = [cell.values if hasattr(cell, "values") else cell for cell in CELLS]
+    ids = {f"{FILE}::test_a_layout_equals_one_process[{kinds}-{name}]" for kinds, name in cells}
+    ids |= {f"{FILE}::test_a_layout_equals_one_process_in_fp32[{kinds}-{name}]" for kinds in PAIRS for name in FP32}
     ids |= {f"{FILE}::test_a_product_equals_one_process[{kinds}-{name}]" for kinds in FOURS for name in PRODUCTS}
     ids |= {f"{FILE}::test_other_settings_of_a_mixer[{k}-{e}-{name}]" for k, e in OTHERS for name in OTHER_LAYOUTS}
+    ids |= {f"{FILES[1]}::test_experts_are_spread[{name}]" for name in EXPERT_LAYOUTS}
     return ids
 
 

@@ -76,6 +76,14 @@ def test_experts_beside_other_mixers(pool: Pool, alone: Alone, kinds: str) -> No
     compare(pool, alone, spread_case("ep4 on cp2 x fsdp2 x tp2", kinds), "ep4 on cp2 x fsdp2 x tp2", "fp64")
 
 
+@MATRIX
+@pytest.mark.parametrize("name", ["ep2 x tp2", "ep2 x cp2 x fsdp2"])
+def test_experts_beside_those_of_attention(pool: Pool, alone: Alone, name: str) -> None:
+    """Blocks as in BAM: both on the same normed input."""
+    case = replace(spread_case(name, "bam", top_k=1, gate_norm="none"), num_layers=2)
+    compare(pool, alone, replace(case, model=FIRST_HAS_EXPERTS | {"residual": "parallel"}), name, "fp64")
+
+
 @pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
 @pytest.mark.parametrize("settings", OTHER)
 def test_other_experts_are_spread(pool: Pool, alone: Alone, settings: str, name: str) -> None:
@@ -100,7 +108,9 @@ def test_some_experts_are_frozen(pool: Pool, alone: Alone) -> None:
     frozen = ("layers.0.feedforward.experts.[03].*", "layers.0.feedforward.router.*")
     case = replace(spread_case("ep2", "softmax", bias_rate=0.01), num_layers=2)
     compare(pool, alone, case, "ep2", "fp64", frozen=frozen)
-    assert "layers.0.feedforward.experts.0.up.weight" not in alone(case, frozen=frozen)["gradients"]
+    found = alone(case, frozen=frozen)
+    assert "layers.0.feedforward.experts.0.up.weight" not in found["gradients"]
+    assert not found["parameters"]["layers.0.feedforward.router.selection_bias"].any()
 
 
 @pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x pp2", marks=MATRIX)])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from tests.conformance.test_layouts import FOURS, ONE_BY_ONE
 from tests.mutations.fault import Fault
 
 MATRIX = "tests/conformance/test_layouts.py::test_a_layout_equals_one_process"
 
 
 def cells(kind: str, *names: str) -> list[str]:
-    """Tests of the matrix: one mixer in these layouts."""
-    return [f"{MATRIX}[{kind}-{name}]" for name in names]
+    """Tests of the matrix: one mixer in these layouts, alone or with others in one model."""
+    several = next(kinds for kinds in FOURS if kind in kinds.split("+"))
+    return [f"{MATRIX}[{kind if (kind, name) in ONE_BY_ONE else several}-{name}]" for name in names]
 
 
 MUON = [
@@ -82,7 +84,7 @@ FAULTS = [
         "parameters put back between forward and backward under zero bubbles",
         "parallel/spread.py",
         [("keep_gathered=layout.pp > 1", "keep_gathered=False")],
-        ["tests/conformance/test_layouts.py::test_a_product_equals_one_process[softmax-pp2 zbv x fsdp2]"],
+        [f"tests/conformance/test_layouts.py::test_a_product_equals_one_process[{FOURS[0]}-pp2 zbv x fsdp2]"],
     ),
     Fault(
         "stages without shapes, which torch then finds out by a hidden step",

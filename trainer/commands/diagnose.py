@@ -84,9 +84,11 @@ def _layer_table(found: Any) -> Any:
     head = ("layer", "entropy, nats", "lowest head", "normalised", "sinks", "largest logit", "first token gets")
     loads = {"least load": head_loads(found), "least expert load": found.expert_loads}
     loads = {title: rows for title, rows in loads.items() if any(rows)}
-    table = Table(*head, *loads, "largest residual", "first / median norm", box=SIMPLE_HEAD)
+    # Ten columns may have to share 80 characters: words of a heading are broken before a number is.
+    table = Table(*head, *loads, "largest residual", "first / median norm", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.pad_edge = False
     for column in table.columns:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"
     means = {name: [_mean(row) for row in found.rows(name)] for name in ("entropy", "entropy_norm", "first_weight")}
     lowest = [None if row is None else min(row) for row in found.rows("entropy")]
     largest = [None if row is None else max(row) for row in found.rows("logit_max")]
