@@ -57,6 +57,18 @@ def test_out_and_in_again(kind: str, tmp_path: Path) -> None:
     assert {k: v for k, v in twice.items() if k != "headway"} == {k: v for k, v in config.items() if k != "headway"}
 
 
+def test_a_mixture_of_one_expert_is_a_plain_feedforward_to_minimax(tmp_path: Path) -> None:
+    """Its gate is 1, whatever its router says."""
+    tables = KINDS["minimax with experts"][1]
+    one = {"moe": EXPERTS | {"num_experts": 1, "top_k": 1}} | SWIGLU
+    step, out = write_step(tmp_path / "step", tables | {"feedforwards": one}), tmp_path / "out"
+    done("convert", "to-hf", str(step), str(out))
+    (mixed, _), (plain, read) = load(step), load(out)
+    assert read["feedforwards"] == SWIGLU and read["model"]["residual_factors"]["swiglu"] == [1.5, 2.0]
+    tokens = torch.randint(61, (2, 30))
+    torch.testing.assert_close(plain(tokens), mixed(tokens))
+
+
 @pytest.mark.parametrize("kind", ["transnormer, tied", "transnormer, untied"])
 def test_transformers_saves_a_transnormer_under_its_published_names(kind: str, tmp_path: Path) -> None:
     """Packed on disk, apart in memory, packed again."""
