@@ -43,11 +43,12 @@ KINDS = list(dict.fromkeys(kind for kind, _ in CASES))
 def together(count: int) -> list[str]:
     """Every mixer in one of some hybrids, `count` at a time, joined by +: a fault of one shows in the gradients of all.
 
-    Where nothing crosses a cut, rows have to be of one document to be cut: those are apart.
+    Where nothing crosses a cut, rows have to be of one document to be cut: those are apart. Some come twice where the
+    last ones would not fill the layers evenly.
     """
     apart = [[kind for kind in KINDS if (mixer_class(kind).context == "none") == none] for none in (False, True)]
     parts = [kinds[first : first + count] for kinds in apart for first in range(0, len(kinds), count)]
-    return ["+".join(part) for part in parts]
+    return ["+".join(part + part[: -len(part) % count if count % len(part) else 0]) for part in parts]
 
 
 PAIRS, FOURS = together(2), together(4)
@@ -269,7 +270,7 @@ def test_recomputation_in_bf16_changes_nothing(pool: Pool, parallel: dict[str, A
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("kind", "name"), [("softmax", "tp2"), ("lightning", "tp2 x pp2"), ("lightning", "cp2")])
+@pytest.mark.parametrize(("kind", "name"), [("softmax", "tp2"), ("lightning", "cp2")])
 def test_compiled_blocks_the_second_time_too(pool: Pool, alone: Alone, tmp_path: Path, kind: str, name: str) -> None:
     """With a warm cache, torch compiles a tensor-parallel model of DTensors into one with wrong gradients (on CPUs)."""
     world_size, parallel = LAYOUTS[name]
