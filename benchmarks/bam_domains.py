@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bam_domains.py
 
-The way of arXiv 2408.08274, at a size that one core trains in half an hour, all through `headway` commands:
+The way of arXiv 2408.08274, at a size that one core trains in half an hour, through `headway` commands:
 
 1. Shakespeare, Python's own library and the GCIDE dictionary; every tenth document is held out. One tokenizer.
 2. A seed with parallel blocks, trained on equal parts of all three.
