@@ -120,7 +120,9 @@ def test_how_often_is_checked(data: str, tmp_path: Path) -> None:
 def a_diagnosis(layers: int = 2, heads: int = 2) -> Diagnosis:
     values = torch.rand(layers, heads, dtype=torch.float64)
     residual = torch.rand(layers, dtype=torch.float64)
-    return Diagnosis([heads] * layers, dict.fromkeys((*BY_HEAD, LOAD), values), [[]] * layers, 0.5, residual, residual, residual)
+    return Diagnosis(
+        [heads] * layers, dict.fromkeys((*BY_HEAD, LOAD), values), [[]] * layers, 0.5, residual, residual, residual
+    )
 
 
 def test_what_is_no_number_is_null_and_no_mean_is_made_of_it() -> None:
