@@ -24,7 +24,7 @@ FAULTS = [
         "ALiBi slopes from the local head index, in a layout",
         "parallel/tensor.py",
         [("buffer[share.start : share.stop].clone()", "buffer[: len(share)].clone()")],
-        other("sigmoid", 1, "tp2 x pp2 x fsdp2"),
+        other("sigmoid", 1, "tp2"),
     ),
     Fault(
         "ALiBi slopes of a power of two for any number of heads",

@@ -91,6 +91,7 @@ def all_layers() -> dict[str, Any]:
     return decoder(mixers, feedforwards, num_layers=count, feedforward_pattern=pattern)
 
 
+@pytest.mark.matrix
 def test_every_mixer_goes_out_and_comes_in(tmp_path: Path) -> None:
     step = write_step(tmp_path / "step", all_layers())
     out, back = tmp_path / "out", tmp_path / "back"

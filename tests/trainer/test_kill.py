@@ -100,7 +100,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_continues(pool: Pool, tmp_pat
     assert_twins(run_dir, tmp_path / "twin" / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.matrix)])
 def test_a_signal_to_one_rank_under_torchrun_ends_it_within_30_seconds(tmp_path: Path, number: signal.Signals) -> None:
     config = write_config(tmp_path, write_tokens(tmp_path / "walk"), schedule={"steps": 20_000})
     run_dir = tmp_path / "run"
