@@ -56,7 +56,7 @@ OTHER: dict[str, dict[str, Any]] = {
 
 def spread_case(name: str, kinds: str = "softmax+lightning", precision: str = "fp64", **experts: Any) -> Case:
     case = Case.of(kinds, name, precision)
-    return replace(case, model=FIRST_HAS_EXPERTS, experts=EXPERTS | experts)
+    return replace(case, model=FIRST_HAS_EXPERTS, experts=case.experts | experts)
 
 
 @pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=MATRIX) for x in EXPERT_LAYOUTS])
