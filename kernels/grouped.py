@@ -51,12 +51,12 @@ def inverse_of(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-def one_product_serves(x_TD: Tensor, weights: list[Tensor]) -> bool:
+def one_product_serves(x_TD: Tensor, weight_FD: Tensor) -> bool:
     """Whether `GroupedLinear` is worth its copy of the weights: on a GPU, where many small products leave it idle.
 
     On a CPU a loop takes the time of one product of all rows (decision 0020).
     """
-    aligned = all(size * x_TD.element_size() % ALIGNMENT == 0 for size in weights[0].shape)
+    aligned = all(size * x_TD.element_size() % ALIGNMENT == 0 for size in weight_FD.shape)
     return x_TD.is_cuda and len(x_TD) > 0 and aligned and can_group(x_TD.dtype)
 
 

@@ -333,10 +333,11 @@ class Spread:
 
     def _finish_gradients(self) -> None:
         """Add up what the backward passes of different ranks have of one parameter's gradient. Collective."""
-        # Those of experts were divided by fewer ranks: what they have to say of other ranks' rows came with these.
-        found = [self.parameters[name].grad for name in self._of_experts & self.parameters.keys()]
-        if self.layout.ep > 1 and (gradients := [local(gradient) for gradient in found if gradient is not None]):
-            torch._foreach_div_(gradients, self.layout.ep)
+        if self.layout.ep > 1:
+            # Those of experts were divided by fewer ranks: what they have to say of other ranks' rows came with these.
+            found = [self.parameters[name].grad for name in self._of_experts & self.parameters.keys()]
+            if gradients := [local(gradient) for gradient in found if gradient is not None]:
+                torch._foreach_div_(gradients, self.layout.ep)
         if self.cuts.summed:
             summands = [self.parameters[name].grad for name in sorted(self.cuts.summed & self.parameters.keys())]
             sum_lists([local(gradient) for gradient in summands if gradient is not None], self.mesh.group("tp"))

@@ -20,7 +20,7 @@ class Experts(nn.ModuleDict):
     def forward(self, x_TD: Tensor, sizes: list[int], ctx: Context) -> Tensor:
         experts = list(self.values())
         linear = [child for child in experts[0].children() if _is_map(child)]
-        if _are_linear_maps(experts) and all(one_product_serves(x_TD, [child.weight]) for child in linear):
+        if all(one_product_serves(x_TD, child.weight) for child in linear) and _are_linear_maps(experts):
             return _joined(experts, sizes, x_TD.device)(x_TD, ctx)
         return torch.cat([expert(part, ctx) for expert, part in zip(experts, x_TD.split(sizes), strict=True)])
 

@@ -37,7 +37,7 @@ FAULTS = [
     Fault(
         "experts: gradients that are ep times too large",
         SPREAD,
-        [("            torch._foreach_div_(gradients, self.layout.ep)\n", "            pass\n")],
+        [("                torch._foreach_div_(gradients, self.layout.ep)\n", "                pass\n")],
         spread("ep2"),
     ),
     Fault(
