@@ -38,9 +38,10 @@ def test_a_run_with_experts_on_two_processes(pool: Pool, data: str, tmp_path: Pa
     assert code == 0, said
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(alone)
     for one, two in zip(ours, theirs, strict=True):
-        # Rounding may choose another expert for a token whose scores are nearly alike.
+        # After updates, rounding may choose another expert for a token whose scores are nearly alike.
+        bound = 1e-5 if one["step"] == 1 else 5e-3
         for key in ("loss", "expert_balance_loss", "router_z_loss", "grad_norm"):
-            assert one[key] == pytest.approx(two[key], rel=5e-3), key
+            assert one[key] == pytest.approx(two[key], rel=bound), key
         assert one["total_loss"] == pytest.approx(one["loss"] + one["expert_balance_loss"] + one["router_z_loss"])
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.5
     loads = ours[-1]["diagnostics"]["expert_load"]
