@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,10 @@ from parallel.processes import Process
 from parallel.watch import LostNode
 
 State = Literal["running", "finished", "stopped", "preempted", "failed"]
+
+SECONDS_FOR_THE_FIRST = 3.0
+"""For the first rank to speak before another stands in for it: two nodes miss each other at nearly the same time."""
+LOOKS_FOR_THE_FIRST = 30
 
 
 class Status:
@@ -69,6 +74,10 @@ class Status:
 
     def _stand_in(self) -> None:
         # A node that is cut off by itself believes that the first is lost; that one's own word counts.
+        for _ in range(LOOKS_FOR_THE_FIRST):
+            if self._written().get("state") != "running":
+                return
+            time.sleep(SECONDS_FOR_THE_FIRST / LOOKS_FOR_THE_FIRST)
         if (found := self._written()).get("state") == "running":
             self.checkpoint, self.is_first = found["checkpoint"], True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import torch
 
 from parallel.processes import Process
 from parallel.spread import Spread
+from parallel.watch import LostNode
 from tests.pool import Pool
 from tests.trainer.runs import status, train, write_config, write_tokens
 from trainer.config import load_config
@@ -103,3 +105,21 @@ def test_what_an_earlier_start_failed_of_is_written_over(tmp_path: Path) -> None
     Status(tmp_path, is_first=True).fail(rank(0), RuntimeError("then"))
     Status(tmp_path, is_first=True).fail(rank(0), RuntimeError("now"))
     assert status(tmp_path)["reason"] == "rank 0, step 0: RuntimeError: now"
+
+
+def test_the_first_rank_that_speaks_a_moment_later_is_not_written_over(tmp_path: Path) -> None:
+    """Two nodes whose cable is cut: the second finds the run "running", and only then the first says that it failed."""
+    (tmp_path / "logs").mkdir()
+    first, other = Status(tmp_path, is_first=True), Status(tmp_path, is_first=False)
+    first.set("running")
+    look = other._written
+
+    def look_just_before_the_first_speaks() -> dict[str, Any]:
+        found = look()
+        if found["state"] == "running":
+            first.fail(rank(0), LostNode("node 1 is lost.", 1))
+        return found
+
+    with patch.object(other, "_written", look_just_before_the_first_speaks):
+        other.fail(replace(rank(1), local_rank=0, node=1, nodes=2), LostNode("node 0 is lost.", 0))
+    assert status(tmp_path)["reason"] == "rank 0, step 0: LostNode: node 1 is lost."
