@@ -15,7 +15,8 @@ class Batch:
 
     `counted` bool [B, N]: whether the prediction of targets[b, i] from token i enters the loss.
     `documents`: which document a token belongs to, non-decreasing from 0 in every row; None when documents are not
-    isolated. `positions`: from 0 at every document, or, when they are not isolated, at every row.
+    isolated. `positions`: from 0 at every document, or, when they are not isolated, at every row. `modalities` and
+    `target_modalities`: of which modality the tokens and the targets are; None where a model does not tell them apart.
 
     Where the sequence is cut, `documents` alone stays that of whole rows.
     """
@@ -25,6 +26,8 @@ class Batch:
     counted: Tensor
     documents: Tensor | None
     positions: Tensor
+    modalities: Tensor | None = None
+    target_modalities: Tensor | None = None
 
     def rows(self, rows: slice) -> Batch:
         """Some of the rows."""
@@ -32,8 +35,8 @@ class Batch:
 
     def cut_by(self, piece: Callable[[Tensor], Tensor]) -> Batch:
         """The same with a piece of each row's tokens, as `piece` cuts it from whole rows."""
-        parts = {name: piece(getattr(self, name)) for name in ("tokens", "targets", "counted", "positions")}
-        return replace(self, **parts)
+        whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "documents"}
+        return replace(self, **{name: piece(tensor) for name, tensor in whole.items() if tensor is not None})
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; the copy may still be under way."""

@@ -1,4 +1,4 @@
-"""What a model is made of: the `[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` sections."""
+"""What a model is made of: the `[model]`, `[mixers.NAME]`, `[feedforwards.NAME]` and `[untie]` sections."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model.layer import FeedForward, Mixer, Site
+from model.untie import UntieConfig
 
 
 @dataclass
@@ -33,6 +34,8 @@ class ModelConfig:
     """The norm before each mixer and feed-forward and before the head."""
     norm_eps: float = 1e-6
     """Added to the mean square inside the root."""
+    norm_position: Literal["pre", "sandwich_out"] = "pre"
+    """On what a mixer and a feed-forward read; or on what they give, before it is added to the residual stream."""
     residual: Literal["sequential", "parallel", "normalised"] = "sequential"
     """x + mixer, then + feed-forward; or both on the same normalised input; or one after the other, each added to its
     own normalised input."""
@@ -63,12 +66,14 @@ class Architecture:
 
     Attributes:
         mixers: name -> (class, its settings); feedforwards likewise.
+        untie: what each modality has for itself; None: modalities are not told apart.
         mixer_names: name for each layer; feedforward_names likewise.
     """
 
     model: ModelConfig
     mixers: dict[str, tuple[type[Mixer], Any]]
     feedforwards: dict[str, tuple[type[FeedForward], Any]]
+    untie: UntieConfig | None = None
     mixer_names: list[str] = field(default_factory=list)
     feedforward_names: list[str] = field(default_factory=list)
 
@@ -101,7 +106,8 @@ class Architecture:
         if not self.feedforwards:
             faults.append("no [feedforwards.NAME] section: define one, for example [feedforwards.swiglu] with d_ff.")
         faults += self._part_faults()
-        alone = [name for name in self.feedforwards if name not in self._parts()] or list(self.feedforwards)
+        elsewhere = {*self._parts(), *(self.untie.feedforwards.values() if self.untie else ())}
+        alone = [name for name in self.feedforwards if name not in elsewhere] or list(self.feedforwards)
         default = alone[:1] or [""]
         if m.feedforward_pattern is None and len(alone) > 1:
             names = ", ".join(alone)
@@ -114,6 +120,12 @@ class Architecture:
             )
             faults += problems
         faults += self._factor_faults()
+        faults += self._untie_faults()
+        if m.norm_position == "sandwich_out" and m.residual != "sequential":
+            faults.append(
+                f'model.norm_position = "sandwich_out" with model.residual = "{m.residual}": both say where norms '
+                'stand; take residual = "sequential", or norm_position = "pre".'
+            )
         sections = (("mixers", self.mixers), ("feedforwards", self.feedforwards))
         for section, parts in sections:
             for name, (_, settings) in parts.items():
@@ -129,6 +141,24 @@ class Architecture:
             for key, part in getattr(settings, "parts", dict)().items():
                 found.setdefault(part, []).append(f"feedforwards.{name}.{key}")
         return found
+
+    def tower_names(self, layer: int) -> list[str]:
+        """The feed-forward that each modality has in a layer."""
+        assert self.untie is not None
+        usual = self.feedforward_names[layer]
+        return [self.untie.feedforwards.get(name, usual) for name in self.untie.called]
+
+    def _untie_faults(self) -> list[str]:
+        """Why there cannot be such weights per modality."""
+        if self.untie is None:
+            return []
+        faults = self.untie.faults(self.model.vocab_size)
+        for modality, name in self.untie.feedforwards.items():
+            if name not in self.feedforwards:
+                near = difflib.get_close_matches(name, self.feedforwards, n=1, cutoff=0.0)
+                hint = f"; the nearest is {near[0]!r}" if near else ""
+                faults.append(f"untie.feedforwards.{modality} = {name!r} is no [feedforwards.NAME]{hint}.")
+        return faults
 
     def _part_faults(self) -> list[str]:
         """Feed-forwards made of what is not there, or of what is made of others itself."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from model.config import Architecture, ModelConfig
 from model.registry import find_layer, kind_of
+from model.untie import UntieConfig
 
 Settings = TypeVar("Settings")
 
@@ -64,7 +65,7 @@ def _sentence(section: str, fault: Any) -> str:
 def build_architecture(
     tables: dict[str, Any], faults: list[str], *, allow_code: bool = False
 ) -> tuple[ModelConfig | None, Architecture | None]:
-    """The model that `[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` describe.
+    """The model that `[model]`, `[mixers.NAME]`, `[feedforwards.NAME]` and, where there is one, `[untie]` describe.
 
     Returns None for what has faults of its own, which are appended to `faults`.
     """
@@ -85,16 +86,19 @@ def build_architecture(
             config = build(cls.Config, f"{section}.{name}", settings, faults)
             if config is not None:
                 found[name] = (cls, config)
+    untie = build(UntieConfig, "untie", tables["untie"], faults) if "untie" in tables else None
     if len(faults) > count or model is None:
         return model, None
-    architecture = Architecture(model, layers["mixers"], layers["feedforwards"])
+    architecture = Architecture(model, layers["mixers"], layers["feedforwards"], untie)
     faults += architecture.resolve()
     return model, architecture if len(faults) == count else None
 
 
 def architecture_tables(architecture: Architecture) -> dict[str, Any]:
-    """`[model]`, `[mixers.NAME]` and `[feedforwards.NAME]` as tables, kinds included."""
+    """`[model]`, `[mixers.NAME]`, `[feedforwards.NAME]` and `[untie]`, if any, as tables, kinds included."""
     tables: dict[str, Any] = {"model": without_none(architecture.model)}
+    if architecture.untie is not None:
+        tables["untie"] = without_none(architecture.untie)
     for section, parts in (("mixers", architecture.mixers), ("feedforwards", architecture.feedforwards)):
         tables[section] = {
             name: {"kind": kind_of(section, cls)} | without_none(settings) for name, (cls, settings) in parts.items()

@@ -135,7 +135,7 @@ SECTIONS: dict[str, type] = {
 }
 SHORTEST_NODE_TIMEOUT = 5.0
 """Python itself may hold a process for seconds."""
-MODEL_SECTIONS = ("model", "mixers", "feedforwards")
+MODEL_SECTIONS = ("model", "mixers", "feedforwards", "untie")
 FREE_SECTIONS = ("run", "parallel", "checkpoint", "metrics")
 """Sections that may change when a run resumes."""
 
@@ -300,6 +300,8 @@ def _take_model_from_source(tables: dict[str, Any]) -> list[str]:
         return [] if complete else [f"model.init_from = {source!r}: {error}"]
     faults = []
     tables["model"] = theirs["model"] | tables["model"]
+    if untie := theirs.get("untie", {}) | tables.get("untie", {}):
+        tables["untie"] = untie
     for section in ("mixers", "feedforwards"):
         ours = tables.get(section, {})
         merged = {name: _over(name, table, ours.get(name, {})) for name, table in theirs[section].items()}

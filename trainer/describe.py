@@ -19,6 +19,7 @@ def sections() -> dict[str, Any]:
     from model.feedforward import FEEDFORWARDS
     from model.mixers import MIXERS
     from model.registry import find_layer
+    from model.untie import UntieConfig
     from trainer.config import SECTIONS
     from trainer.data.config import DataSource
 
@@ -29,7 +30,13 @@ def sections() -> dict[str, Any]:
             layers.setdefault(config, []).append(f"{section}.{kind}")
     named = {" ".join(names): config for config, names in layers.items()}
     rest = {name: cls for name, cls in SECTIONS.items() if name != "run"}
-    return {"run": SECTIONS["run"], "model": ModelConfig} | named | rest | {"data source": DataSource}
+    return (
+        {"run": SECTIONS["run"], "model": ModelConfig}
+        | named
+        | {"untie": UntieConfig}
+        | rest
+        | {"data source": DataSource}
+    )
 
 
 def keys(cls: Any) -> Iterator[tuple[str, str, str, str]]:

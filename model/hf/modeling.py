@@ -19,13 +19,14 @@ from model.config import Architecture, ModelConfig
 from model.initialisation import Computed, Constant, Normal
 from model.layer import Layer
 from model.stack import Model
+from model.untie import UntieConfig
 
 LAYERS: dict[str, type[Layer]] = {}
 """Classes by section and `kind` (`mixers.softmax`); an export fills it in at its end."""
 
 
 class HeadwayConfig(PretrainedConfig):
-    """`config.json`: `headway` holds the tables `[model]`, `[mixers.NAME]` and `[feedforwards.NAME]`."""
+    """`config.json`: `headway` holds the tables `[model]`, `[mixers.NAME]`, `[feedforwards.NAME]`, `[untie]`."""
 
     model_type = "headway"
 
@@ -42,7 +43,8 @@ def read_architecture(tables: dict[str, Any]) -> Architecture:
             layer_class = LAYERS[f"{section}.{table.get('kind', name)}"]
             settings = {key: value for key, value in table.items() if key != "kind"}
             found[name] = (layer_class, layer_class.Config(**settings))
-    architecture = Architecture(ModelConfig(**tables["model"]), sections["mixers"], sections["feedforwards"])
+    untie = UntieConfig(**tables["untie"]) if "untie" in tables else None
+    architecture = Architecture(ModelConfig(**tables["model"]), sections["mixers"], sections["feedforwards"], untie)
     if faults := architecture.resolve():
         raise ValueError(" ".join(faults))
     return architecture

@@ -55,14 +55,26 @@ def choose_format(architecture: Architecture, wanted: str | None) -> Format:
             near = difflib.get_close_matches(wanted, FORMATS, n=1, cutoff=0.0)[0]
             raise ValueError(f"--format {wanted!r}: expected one of {', '.join(FORMATS)}; the nearest is {near!r}.")
         try:
-            FORMATS[wanted].write(architecture)
+            _write(FORMATS[wanted], architecture)
         except Unfit as fault:
             raise ValueError(f"--format {wanted}: {fault}") from fault
         return FORMATS[wanted]
     for entry in FORMATS.values():
         try:
-            entry.write(architecture)
+            _write(entry, architecture)
         except Unfit:
             continue
         return entry
     raise AssertionError("the last format takes every model")
+
+
+def _write(entry: Format, architecture: Architecture) -> None:
+    """Raises Unfit where the kind cannot say what this model is."""
+    reasons = []
+    if architecture.untie is not None:
+        reasons.append("modalities have no weights of their own there.")
+    if architecture.model.norm_position != "pre":
+        reasons.append("norms stand before mixers and feed-forwards there.")
+    if entry is not OWN and reasons:
+        raise Unfit(reasons)
+    entry.write(architecture)

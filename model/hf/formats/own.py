@@ -16,6 +16,8 @@ def read(raw: dict[str, Any]) -> Tables:
     found: Tables = {name: dict(tables.get(name, {})) for name in ("model", "mixers", "feedforwards")}
     # In the folder heads lie as they are numbered; here they are kept as the mixer likes it.
     found["mixers"] = {name: without_order(table) for name, table in found["mixers"].items()}
+    if "untie" in tables:
+        found["untie"] = dict(tables["untie"])
     return found
 
 
