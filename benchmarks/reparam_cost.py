@@ -98,7 +98,7 @@ def plain_autograd(model: Spread, part: Batch) -> tuple[float, float]:
     began = now()
     weights = raw | effective_weights(raw, gains, vectors, reparam.matrices)
     logits = torch.func.functional_call(model.stages[0], weights, (part.tokens,), {"positions": part.positions})
-    NextToken().loss_sum(logits, part.targets, part.counted).backward()
+    NextToken().nats(logits, part.targets, part.counted).sum().backward()
     return since(began)
 
 
@@ -106,7 +106,7 @@ def plain_linears(model: Spread, part: Batch) -> tuple[float, float]:
     """Seconds of a forward and backward as it is trained."""
     began = now()
     logits = model.stages[0](part.tokens, positions=part.positions)
-    NextToken().loss_sum(logits, part.targets, part.counted).backward()
+    NextToken().nats(logits, part.targets, part.counted).sum().backward()
     seconds = since(began)
     for parameter in model.parameters.values():
         parameter.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+        grad = grad[inverse]
+        if ctx.copies > 1:
+            grad = grad.unflatten(0, (len(grad) // ctx.copies, ctx.copies)).sum(1)
+        return grad, None, None, None
 
 
 def permuted(x_RD: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -49,6 +53,67 @@ def permuted(x_RD: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def inverse_of(order: Tensor) -> Tensor:
     """The order that undoes this one."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class Groups:
+    """Which tokens of `[B, N]` are of which group, and how they are sorted by it: once for all that will use it.
+
+    Attributes:
+        sizes: how many tokens each group has.
+        order: int64 `[T]`, the places of the tokens of group 0 in their order, then those of group 1, and so on; None
+            where tokens are sorted as they are.
+        ends: int32 `[G]`, one beyond the last row of each group.
+    """
+
+    def __init__(self, numbers_BN: Tensor, count: int):
+        """`numbers_BN`, int64: each token's group, of so many."""
+        self.shape = numbers_BN.shape
+        numbers_T = numbers_BN.flatten()
+        counts_G = F.one_hot(numbers_T, count).sum(0)
+        self.sizes = group_sizes(counts_G, len(numbers_T))
+        self.ends = counts_G.cumsum(0).int()
+        self.order: Tensor | None = None
+        if sum(size > 0 for size in self.sizes) > 1:
+            self.order = numbers_T.argsort(stable=True)
+            self._inverse = inverse_of(self.order)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def rows_of(self, group: int) -> Tensor:
+        """The places, among all T, of a group's tokens."""
+        begin = sum(self.sizes[:group])
+        rows = slice(begin, begin + self.sizes[group])
+        if self.order is None:
+            return torch.arange(rows.start, rows.stop, device=self.ends.device)
+        return self.order[rows]
+
+    def sort(self, x: Tensor) -> Tensor:
+        """`[B, N, ...]` -> `[T, ...]`, by group. What is sorted several times in a row is sorted once."""
+        assert x.shape[:2] == self.shape, f"{tuple(x.shape)} are not the tokens {tuple(self.shape)} that were grouped"
+        if self._last is not None and self._last[0] is x:
+            return self._last[1]
+        rows = x.flatten(0, 1)
+        if self.order is not None:
+            rows = permuted(rows, self.order, self._inverse)
+        self._last = (x, rows)
+        return rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """`[T, ...]`, by group, -> `[B, N, ...]`. Sorted again, it is these rows."""
+        x = rows if self.order is None else permuted(rows, self._inverse, self.order)
+        x = x.unflatten(0, self.shape)
+        self._last = (x, rows)
+        return x
+
+    def forget(self) -> None:
+        """Hold on to nothing."""
+        self._last = None
+
+
+def each_its_own(maps: Sequence[torch.nn.Linear], x_TD: Tensor, groups: Groups) -> Tensor:
+    """Linear maps, each for the rows of its group: `[T, F]`. A map without rows has gradients of zero, not none."""
+    if all(each.bias is None and one_product_serves(x_TD, each.weight) for each in maps):
+        return GroupedLinear.apply(x_TD, groups.ends, *(each.weight for each in maps))
+    return torch.cat([each(rows) for each, rows in zip(maps, x_TD.split(groups.sizes), strict=True)])
 
 
 def one_product_serves(x_TD: Tensor, weight_FD: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.grouped import Groups
 from model.dispatch import WholeExperts
 from model.observer import Observer
 
@@ -66,12 +67,16 @@ class WholeSequence:
 class WholeHeads:
     """The heads of one process: it has all of them.
 
-    `parallel/` hands in an object with the same method where heads are spread over as many processes.
+    `parallel/` hands in an object with the same methods where heads are spread over as many processes.
     """
 
     def gather(self, x_BNh: Tensor) -> Tensor:
         """What all heads of a layer have, `[B, N, H]`, from what those that are here have."""
         return x_BNh
+
+    def stream_piece(self, x_BN: Tensor) -> Tensor:
+        """Of what layers have for all tokens, the part of the tokens that the residual stream has here."""
+        return x_BN
 
 
 @dataclass
@@ -82,7 +87,10 @@ class Context:
         positions: place of each token in its document.
         documents: document ids, non-decreasing along N; None when tokens may see across documents.
         causal: whether a token sees only itself and earlier ones.
-        modalities: modality ids, for layers that are untied by modality.
+        modalities: modality ids; None where the model does not tell them apart.
+        groups: the tokens of a layer, by modality; stream_groups: those of the residual stream.
+        tower: of which modality all tokens are, inside of what only they run through; tower_rows: `[T]`, which of the
+            B N tokens these are.
         cut: what crosses a sequence cut.
         heads: where the heads of a layer are.
         experts: where the experts of a layer are.
@@ -98,6 +106,10 @@ class Context:
     documents: Tensor | None = None
     causal: bool = True
     modalities: Tensor | None = None
+    groups: Groups | None = None
+    stream_groups: Groups | None = None
+    tower: int | None = None
+    tower_rows: Tensor | None = None
     cut: WholeSequence = field(default_factory=WholeSequence)
     heads: WholeHeads = field(default_factory=WholeHeads)
     experts: WholeExperts = field(default_factory=WholeExperts)

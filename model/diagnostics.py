@@ -7,6 +7,7 @@ several batches, or of the processes that have pieces of one, can be added. docs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ class AttentionProbe(Observer):
         row_sums, logit_max: layer -> `[H, len(ROW_SUMS)]` and `[H]`, of the queries and heads here.
         columns: layer -> `[W, H, WINDOW]`, the weights of each key of a window summed over the queries here.
         active: layer -> `[H, 2]`, of the heads here where heads are chosen: tokens, and those for which a head runs.
-        experts: layer -> `[E, 2]`, where experts are chosen: tokens, and those that chose an expert.
+        experts: (layer, tower) -> `[E, 2]`, where experts are chosen: tokens, and those that chose an expert.
         residual_max: layer -> the largest magnitude in the residual stream here.
         norms: layer -> `[B, R]`, of the residual stream at the sampled places; 0 where they are not here.
         first_norms: layer -> `[B]`, of first tokens of documents, summed over those here.
@@ -109,7 +110,7 @@ class AttentionProbe(Observer):
         self.logit_max: dict[int, Tensor] = {}
         self.columns: dict[int, Tensor] = {}
         self.active: dict[int, Tensor] = {}
-        self.experts: dict[int, Tensor] = {}
+        self.experts: dict[tuple[int, int], Tensor] = {}
         self.residual_max: dict[int, Tensor] = {}
         self.norms: dict[int, Tensor] = {}
         self.first_norms: dict[int, Tensor] = {}
@@ -121,9 +122,12 @@ class AttentionProbe(Observer):
         return weights.q_BNHd
 
     def routing(self, layer: int, found: Routing) -> Tensor:
-        chosen, kept = (found.chosen_BNU, self.experts) if found.active_BNH is None else (found.active_BNH, self.active)
-        chosen_TU = chosen.flatten(0, 1).double()
-        kept[layer] = torch.stack((torch.full_like(chosen_TU[0], len(chosen_TU)), chosen_TU.sum(0)), dim=-1)
+        chosen_TU = (found.chosen_BNU if found.active_BNH is None else found.active_BNH).flatten(0, 1).double()
+        counts_U2 = torch.stack((torch.full_like(chosen_TU[0], len(chosen_TU)), chosen_TU.sum(0)), dim=-1)
+        if found.active_BNH is None:
+            self.experts[layer, found.tower] = counts_U2
+        else:
+            self.active[layer] = counts_U2
         return found.scores_BNU
 
     def residual(self, layer: int, x: Tensor) -> None:
@@ -184,7 +188,8 @@ class Numbers:
 
     Attributes:
         heads: of each layer the numbers of its heads, in the order in which it keeps them.
-        experts: of each layer how many there are to be chosen from; 0 where none are.
+        experts: of each layer how many there are to be chosen from, those of one modality after those of the other; 0
+            where none are.
     """
 
     heads: list[list[int]]
@@ -193,8 +198,8 @@ class Numbers:
     @classmethod
     def of(cls, model: Model) -> Numbers:
         blocks = list(model.layers.values())
-        balances = [block.feedforward.balance for block in blocks]
-        experts = [0 if balance is None else balance.num_units for balance in balances]
+        towers = [[tower.balance for tower in block.feedforward.by_tower.values()] for block in blocks]
+        experts = [sum(balance.num_units for balance in found if balance is not None) for found in towers]
         return cls([block.mixer.head_numbers for block in blocks], experts)
 
 
@@ -262,8 +267,10 @@ class Tally:
             tally.maxima[layer, heads] = probe.logit_max[layer]
         for layer, active_H2 in probe.active.items():
             tally.head_sums[layer, numbers(layer, len(active_H2)), len(SUMS) - 2 : len(SUMS)] = active_H2
-        for layer, chosen_E2 in probe.experts.items():
-            tally.expert_sums[layer, : len(chosen_E2)] = chosen_E2 * (share == 0)
+        first: Counter[int] = Counter()
+        for (layer, _), chosen_E2 in sorted(probe.experts.items(), key=lambda entry: entry[0]):
+            tally.expert_sums[layer, first[layer] : first[layer] + len(chosen_E2)] = chosen_E2 * (share == 0)
+            first[layer] += len(chosen_E2)
         for layer, columns_WHT in probe.columns.items():
             heads = numbers(layer, columns_WHT.shape[1])
             alpha_WHT = sink_scores(columns_WHT)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROWS_PER_BLOCK = 256
 
@@ -66,3 +66,20 @@ def draw(name: str, init: Init, shape: torch.Size, seed: int, rows: range | None
 def _generator(seed: int, name: str, block: int) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def all_inits(model: nn.Module) -> dict[str, Init]:
+    """Initial value of every parameter by its full name, collected from the modules that declare them.
+
+    Raises:
+        ValueError: parameters without a declared initial value.
+    """
+    inits: dict[str, Init] = {}
+    for prefix, module in model.named_modules():
+        declare = getattr(module, "init_weights", None)
+        if declare is not None:
+            inits |= {f"{prefix}.{name}".lstrip("."): init for name, init in declare().items()}
+    missing = [name for name, _ in model.named_parameters() if name not in inits]
+    if missing:
+        raise ValueError(f"init_weights() declares no initial value for {', '.join(missing)}.")
+    return inits

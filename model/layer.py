@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.context import Context
 from model.initialisation import Constant, Init, Normal
 from model.routing import Balance
+from model.towers import LinearTowers
 
 Sharding = Literal["column", "row", "heads", "replicate", "experts"]
 """How a parameter is cut by tensor parallelism: its rows, its columns, its leading (global) head index, not at all,
@@ -129,7 +130,7 @@ class Layer(nn.Module):
 
     def linear_flops(self) -> int:
         """Operations per token of the linear maps directly below."""
-        return sum(2 * child.weight.numel() for child in self.children() if isinstance(child, nn.Linear))
+        return sum(2 * child.weight.numel() for child in self.children() if isinstance(child, nn.Linear | LinearTowers))
 
 
 class Mixer(Layer):
@@ -142,6 +143,7 @@ class Mixer(Layer):
         full_width_norm: name of a norm over all heads together, if there is one. What it gives reaches the output
             projection through products alone (gates), so that its factor, one number a token, may come after: where
             heads are spread over ranks, no rank has the sum of squares before.
+        token_norms: names of norms that look at each token by itself, before it is mixed with others.
         examples: settings under which the conformance suite tries the mixer, for a model of width 32.
     """
 
@@ -149,6 +151,7 @@ class Mixer(Layer):
     bidirectional: ClassVar[bool] = True
     has_attention_map: ClassVar[bool] = False
     full_width_norm: ClassVar[str | None] = None
+    token_norms: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[list[dict[str, Any]]] = [{"num_heads": 4}]
     output_projection = "o"
 
@@ -207,6 +210,11 @@ class FeedForward(Layer):
     def balance(self) -> Balance | None:
         """How evenly its experts are to be chosen, where it has a router."""
         return None
+
+    @property
+    def by_tower(self) -> dict[int, FeedForward]:
+        """The feed-forwards of the modalities; itself, where these are not told apart."""
+        return {0: self}
 
     @property
     def z_loss_weight(self) -> float:

@@ -15,20 +15,21 @@ IGNORED = -100
 """The target of a prediction that does not count."""
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
-"""Logits `[T, V]` and targets `[T]` (`IGNORED` where nothing counts) -> nats, summed: a scalar, fp32 or wider."""
+"""Logits `[T, V]` and targets `[T]` (`IGNORED` where nothing counts) -> nats `[T]`, 0 where nothing counts, fp32 or
+wider."""
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """The plain form; `parallel/` has one for logits of which each rank holds a part of the vocabulary."""
     wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    return F.cross_entropy(wide_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide_TV, targets_T, ignore_index=IGNORED, reduction="none")
 
 
 class Objective(Protocol):
-    """Sums a loss over the tokens that count; the caller divides by their number in the global batch."""
+    """A loss for each token that counts; the caller adds up, and divides by their number in the global batch."""
 
-    def loss_sum(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
-        """Scalar, fp32 or wider: nats summed over the counted tokens."""
+    def nats(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
+        """`[B, N]`, fp32 or wider: nats of each prediction, 0 where it does not count."""
         ...
 
 
@@ -38,15 +39,24 @@ class NextToken:
     def __init__(self, cross_entropy: CrossEntropy = cross_entropy):
         self.cross_entropy = cross_entropy
 
-    def loss_sum(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
+    def nats(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
         targets_BN = torch.where(counted_BN, targets_BN, IGNORED)
-        return self.cross_entropy(logits_BNV.flatten(0, 1), targets_BN.flatten())
+        return self.cross_entropy(logits_BNV.flatten(0, 1), targets_BN.flatten()).view(targets_BN.shape)
 
 
 OBJECTIVES: dict[str, Callable[[CrossEntropy], Objective]] = {"next_token": NextToken}
 
 
-def loss_sum(model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
-    """Nats summed over the counted tokens of a batch."""
-    logits = model(batch.tokens, documents=batch.documents, positions=batch.positions)
-    return objective.loss_sum(logits, batch.targets, batch.counted)
+def token_nats(model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """Nats `[B, N]` of each prediction of a batch, 0 where it does not count."""
+    logits = model(batch.tokens, documents=batch.documents, positions=batch.positions, modalities=batch.modalities)
+    return objective.nats(logits, batch.targets, batch.counted)
+
+
+def sums(values_BN: Tensor, modalities_BN: Tensor | None, count: int) -> Tensor:
+    """fp64 `[1 + count]`: the sum over all tokens, and that of each of so many modalities."""
+    values_BN = values_BN.detach().double()
+    parts = [values_BN.sum()]
+    if modalities_BN is not None:
+        parts += [(values_BN * (modalities_BN == modality)).sum() for modality in range(count)]
+    return torch.stack(parts)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.config import Architecture, expand_pattern
 from model.layer import CUT_DIMENSION
+from model.towers import tied
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def change_of(architecture: Architecture, name: str, theirs: list[list[int] | No
     if ours is None and theirs[layer] is None:
         return None
     # A layer that is made of others says how it is cut only once it is built; it keeps heads as they are numbered.
-    dimension = CUT_DIMENSION.get(mixer.sharding.get(part[3], "replicate"))
+    dimension = CUT_DIMENSION.get(mixer.sharding.get(tied(part[3]), "replicate"))
     if dimension is None:
         return None
     count = len(ours or theirs[layer] or ())

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.initialisation import Constant
-from model.stack import Model, all_inits, undecayed_names
+from model.initialisation import Constant, all_inits
+from model.stack import Model, undecayed_names
 
 SMALLEST_NORM = 1e-12
 NEGLIGIBLE = 1e-12
@@ -109,13 +109,13 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _joined(names: list[str], grouping: Grouping) -> dict[str, str]:
     """Parameter -> the matrix that it is a part of, where queries, keys and values are taken together."""
     found: dict[str, str] = {}
-    pattern = re.compile(r"(.*\.mixer(?:\.experts\.\d+)?)\.[qkv]\.weight")
-    mixers = dict.fromkeys(match[1] for name in names if (match := pattern.fullmatch(name)))
-    for mixer in mixers:
+    pattern = re.compile(r"(.*\.mixer(?:\.experts\.\d+)?)\.[qkv](\.towers\.\d+)?\.weight")
+    mixers = dict.fromkeys((match[1], match[2] or "") for name in names if (match := pattern.fullmatch(name)))
+    for mixer, tower in mixers:
         for letters in GROUPS[grouping]:
-            parts = [f"{mixer}.{letter}.weight" for letter in letters]
+            parts = [f"{mixer}.{letter}{tower}.weight" for letter in letters]
             if all(part in names for part in parts):
-                found |= dict.fromkeys(parts, f"{mixer}.{letters}")
+                found |= dict.fromkeys(parts, f"{mixer}.{letters}{tower}")
     return found
 
 

@@ -82,6 +82,8 @@ class Routing:
         active_BNH: bool, of the heads that are here, whichever unit they belong to, those that run; None where units
             are no heads.
         score: how scores become probabilities.
+        tower: of which modality the tokens are that it routes, where each has a router of its own.
+        routed_BN: bool, these tokens; None where it routes all. The others have scores of zero and choose nothing.
     """
 
     part: Part
@@ -89,6 +91,8 @@ class Routing:
     chosen_BNU: Tensor
     active_BNH: Tensor | None = None
     score: Score = "softmax"
+    tower: int = 0
+    routed_BN: Tensor | None = None
 
     def probabilities(self) -> Tensor:
         """`[B, N, U]`, whatever the gates are made of: each token's sum is 1."""

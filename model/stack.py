@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.grouped import Groups
 from model.cache import Cache
 from model.config import Architecture
 from model.context import Context, WholeHeads, WholeSequence
@@ -16,6 +17,8 @@ from model.dispatch import WholeExperts
 from model.initialisation import Init, Normal
 from model.norms import make_norm
 from model.observer import Observer
+from model.towers import Current
+from model.untied import make_feedforward, untie_mixer, untie_norm
 
 
 class Block(nn.Module):
@@ -27,26 +30,37 @@ class Block(nn.Module):
         site = architecture.site(layer)
         mixer_name, feedforward_name = architecture.mixer_names[layer], architecture.feedforward_names[layer]
         mixer_class, mixer_config = architecture.mixers[mixer_name]
-        feedforward_class, feedforward_config = architecture.feedforwards[feedforward_name]
         self.layer = layer
-        self.residual = m.residual
+        self.residual, self.norm_position = m.residual, m.norm_position
         self.mixer_factors = m.factors(mixer_name)
         self.feedforward_factors = m.factors(feedforward_name)
-        self.mixer_norm = make_norm(m.norm, m.d_model, m.norm_eps)
+        # Whose the tokens of the residual stream are, for norms that each modality has for itself.
+        self.current = Current()
+        self.mixer_norm = self._norm(architecture)
         self.mixer = mixer_class(mixer_config, site)
+        untie_mixer(self.mixer, architecture)
         # A mixer whose outputs may grow large can ask for a norm on them (arXiv 2409.04431).
         hybrid = getattr(mixer_config, "hybrid_norm", False)
-        self.mixer_out_norm = make_norm(m.norm, m.d_model, m.norm_eps) if hybrid else nn.Identity()
+        self.mixer_out_norm = self._norm(architecture) if hybrid else nn.Identity()
         # In parallel both read the same normalised input.
         one_norm = m.residual == "parallel"
-        self.feedforward_norm = nn.Identity() if one_norm else make_norm(m.norm, m.d_model, m.norm_eps)
-        self.feedforward = feedforward_class(feedforward_config, site)
+        self.feedforward_norm = nn.Identity() if one_norm else self._norm(architecture)
+        self.feedforward = make_feedforward(architecture, layer, site)
+
+    def _norm(self, architecture: Architecture) -> nn.Module:
+        m = architecture.model
+        return untie_norm(make_norm(m.norm, m.d_model, m.norm_eps), architecture, self.current)
 
     def forward(
         self, x: Tensor, ctx: Context, cache: dict[str, Any] | None = None, head_gate: Tensor | None = None
     ) -> Tensor:
         if ctx.observer is not None:
             ctx.observer.residual(self.layer, x)
+        self.current.begin(ctx.stream_groups)
+        if self.norm_position == "sandwich_out":
+            # Only what is added is normed (arXiv 2411.04996, Alg. 1).
+            x = x + self.mixer_norm(self.mixer_out_norm(self.mixer(x, ctx, cache, head_gate)))
+            return x + self.feedforward_norm(self.feedforward(x, ctx))
         normed = self.mixer_norm(x)
         mixed = self.mixer_out_norm(self.mixer(normed, ctx, cache, head_gate))
         if self.residual == "parallel":
@@ -95,6 +109,7 @@ class Model(nn.Module):
         cache: Cache | None = None,
         causal: bool = True,
         head_gates: dict[int, Tensor] | None = None,
+        modalities: Tensor | None = None,
     ) -> Tensor:
         """Logits `[B, N, vocab]` in the dtype of the weights.
 
@@ -105,8 +120,13 @@ class Model(nn.Module):
             positions: `[B, N]`, of the tokens. Default: from 0, or from where the cache stands, or the piece.
             cache: what was consumed before; updated in place.
             head_gates: layer index -> a factor `[H]` or `[B, N, H]` for each head's contribution.
+            modalities: int64 `[B, N]`, of the tokens, where each modality has weights of its own. Default: as their
+                ids say.
+
+        Raises:
+            ValueError: modalities are not given, and ids do not say.
         """
-        return self.logits(self.hidden(tokens, documents, positions, cache, causal, head_gates))
+        return self.logits(self.hidden(tokens, documents, positions, cache, causal, head_gates, modalities))
 
     def hidden(
         self,
@@ -116,9 +136,10 @@ class Model(nn.Module):
         cache: Cache | None = None,
         causal: bool = True,
         head_gates: dict[int, Tensor] | None = None,
+        modalities: Tensor | None = None,
     ) -> Tensor:
         """The residual stream `[B, N, D]` after the last block; `forward` is `logits(hidden(...))`."""
-        ctx = self.context(tokens, documents, positions, cache, causal)
+        ctx = self.context(tokens, documents, positions, cache, causal, self.modalities_of(tokens, modalities))
         ctx.head_gates = head_gates or {}
         x = self.embed(tokens, ctx)
         for block in self.layers.values():
@@ -133,6 +154,7 @@ class Model(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         causal: bool = True,
+        modalities: Tensor | None = None,
     ) -> Context:
         """What the layers are told beside their input; what several of them need is computed here, once."""
         batch_size, n = tokens.shape
@@ -150,11 +172,37 @@ class Model(nn.Module):
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
         ctx.observer, ctx.heads, ctx.experts = self.observer, self.heads, self.experts
+        if modalities is not None:
+            self._group(ctx, modalities)
         if not causal:
             self._check_bidirectional()
         for block in self.layers.values():
             block.mixer.prepare(ctx)
         return ctx
+
+    def modalities_of(self, tokens: Tensor, given: Tensor | None = None) -> Tensor | None:
+        """Of which modality tokens are: as given, or as their ids say. None where the model does not tell them apart.
+
+        Raises:
+            ValueError: neither says.
+        """
+        untie = self.architecture.untie
+        if untie is None or given is not None:
+            return None if untie is None else given
+        if untie.by_ids:
+            return untie.of_tokens(tokens)
+        raise ValueError(
+            f"this model has weights for each of {untie.modalities} modalities, and ids do not say which one a token "
+            "is of (untie.ranges is empty): give `modalities` [B, N] with the tokens."
+        )
+
+    def _group(self, ctx: Context, modalities: Tensor) -> None:
+        """Sort the tokens by modality, for all layers at once."""
+        untie = self.architecture.untie
+        assert untie is not None
+        ctx.modalities, ctx.groups = modalities, Groups(modalities, untie.modalities)
+        here = self.heads.stream_piece(modalities)
+        ctx.stream_groups = ctx.groups if here is modalities else Groups(here, untie.modalities)
 
     def _cached_context(
         self, steps: Tensor, batch_size: int, documents: Tensor | None, positions: Tensor | None, cache: Cache
@@ -210,23 +258,6 @@ class Model(nn.Module):
             raise ValueError(
                 f"causal = False, but {', '.join(one_way)} can only look back; softmax layers look both ways."
             )
-
-
-def all_inits(model: nn.Module) -> dict[str, Init]:
-    """Initial value of every parameter by its full name, collected from the modules that declare them.
-
-    Raises:
-        ValueError: parameters without a declared initial value.
-    """
-    inits: dict[str, Init] = {}
-    for prefix, module in model.named_modules():
-        declare = getattr(module, "init_weights", None)
-        if declare is not None:
-            inits |= {f"{prefix}.{name}".lstrip("."): init for name, init in declare().items()}
-    missing = [name for name, _ in model.named_parameters() if name not in inits]
-    if missing:
-        raise ValueError(f"init_weights() declares no initial value for {', '.join(missing)}.")
-    return inits
 
 
 def undecayed_names(model: nn.Module) -> set[str]:

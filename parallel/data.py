@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.feedforward.experts import Experts
-from model.initialisation import draw
-from model.stack import Model, all_inits
+from model.initialisation import all_inits, draw
+from model.stack import Model
 
 View = Callable[[str, Tensor], Tensor]
 """From a parameter's name and what this process has of it to the parameter as a part of the whole model's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -311,8 +311,9 @@ def _uncrossed(architecture: Architecture) -> list[str]:
     from model.stack import Model
     from parallel.context import crossing_faults
 
+    # What each modality has for itself is no matter of the sequence.
     with torch.device("meta"):
-        return crossing_faults(Model(architecture))
+        return crossing_faults(Model(replace(architecture, untie=None)))
 
 
 def largest_divisor(number: int, at_most: int) -> int:

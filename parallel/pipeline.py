@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterle
 
 from model.batch import Batch
 from model.config import Architecture
-from model.objective import IGNORED, Objective
+from model.objective import IGNORED, Objective, sums
 from model.stack import Model
 from parallel.mesh import Layout, stages_of_rank
 
@@ -50,9 +50,11 @@ class Stage(Model):
         if not self.is_last:
             self.final_norm = self.head = None
 
-    def forward(self, x: Tensor, *, positions: Tensor, documents: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, positions: Tensor, documents: Tensor | None = None, modalities: Tensor | None = None
+    ) -> Tensor:
         """Tokens `[B, N]` or the residual stream -> the residual stream, or logits."""
-        ctx = self.context(positions, documents, positions)
+        ctx = self.context(positions, documents, positions, modalities=modalities)
         if self.is_first:
             x = self.embed(x, ctx)
         for block in self.layers.values():
@@ -109,6 +111,7 @@ class Pipeline:
     Args:
         residual: gives the shape `[B, n, D]` and dtype of what passes between stages, from B and N.
         group: the ranks that hold the other stages.
+        modalities: how many are told apart; 0: none.
     """
 
     def __init__(
@@ -118,27 +121,34 @@ class Pipeline:
         device: torch.device,
         group: dist.ProcessGroup,
         residual: Callable[[int, int], Tensor],
+        modalities: int = 0,
     ):
         self.stages, self.layout, self.device, self.group, self.residual = stages, layout, device, group, residual
+        self.modalities = modalities
         self._schedule: Any = None
         self._shape: Any = None
         self._objective: Objective | None = None
         self._scale = 1.0
-        self._nats = torch.zeros(())
+        self._nats = torch.zeros(1 + modalities)
 
     def train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
-        """Forward and backward of `scale` times the nats of all micro-batches; the nats on the last stage's rank, 0
-        elsewhere. Collective."""
+        """Forward and backward of `scale` times the nats of all micro-batches; the nats `[1 + M]`, of all and of each
+        modality's, on the last stage's rank, 0 elsewhere. Collective."""
         self._objective, self._scale = objective, scale
-        self._nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         if self._shape != batch.tokens.shape:
             self._schedule, self._shape = self._new_schedule(*batch.tokens.shape), batch.tokens.shape
         inputs = {"positions": batch.positions.contiguous()}
         if batch.documents is not None:
             inputs["documents"] = batch.documents
+        if batch.modalities is not None:
+            inputs["modalities"] = batch.modalities.contiguous()
         tokens = [batch.tokens] if any(stage.is_first for stage in self.stages) else []
         if any(stage.is_last for stage in self.stages):
             targets = torch.where(batch.counted, batch.targets, IGNORED)
+            if batch.target_modalities is not None:
+                # Schedules hand on one tensor.
+                targets = torch.stack((targets, batch.target_modalities), dim=1)
             self._schedule.step(*tokens, target=targets, return_outputs=False, **inputs)
         else:
             self._schedule.step(*tokens, return_outputs=False, **inputs)
@@ -177,17 +187,19 @@ class Pipeline:
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         assert self._objective is not None
-        nats = self._objective.loss_sum(logits, targets, targets != IGNORED)
-        self._nats += nats.detach()
-        return nats * self._scale
+        targets, modalities = targets.unbind(1) if self.modalities else (targets, None)
+        nats_BN = self._objective.nats(logits, targets, targets != IGNORED)
+        self._nats += sums(nats_BN, modalities, self.modalities)
+        return nats_BN.sum() * self._scale
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> Tensor:
-        """The nats of all micro-batches on the last stage's rank, 0 elsewhere. Collective."""
+        """The nats of all micro-batches on the last stage's rank, as in training, 0 elsewhere. Collective."""
         parts = list(batch.micro_batches(self.layout.microbatches))
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         for logits, part in zip(self.forward(parts), parts, strict=False):
-            nats += objective.loss_sum(logits, part.targets, part.counted)
+            nats_BN = objective.nats(logits, part.targets, part.counted)
+            nats += sums(nats_BN, part.target_modalities, self.modalities)
         return nats
 
     @torch.no_grad()
@@ -217,7 +229,7 @@ class Pipeline:
             else:
                 x = self.residual(*part.tokens.shape)
                 dist.recv(x, group=self.group, group_src=holders[stage.index - 1])
-            out = stage(x, positions=part.positions, documents=part.documents)
+            out = stage(x, positions=part.positions, documents=part.documents, modalities=part.modalities)
             if stage.is_last or holders[stage.index + 1] == me:
                 outputs.append(out)
             else:

@@ -50,3 +50,6 @@ class SpreadHeads(WholeHeads):
 
     def gather(self, x_BNh: Tensor) -> Tensor:
         return Gather.apply(x_BNh.transpose(1, 2), self.region.group, self.region.size).transpose(1, 2)
+
+    def stream_piece(self, x_BN: Tensor) -> Tensor:
+        return self.region.piece(x_BN)

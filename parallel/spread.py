@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from model.batch import Batch
 from model.config import Architecture
 from model.entropy import EntropyPenalty
-from model.objective import CrossEntropy, Objective, cross_entropy, loss_sum
+from model.objective import CrossEntropy, Objective, cross_entropy, sums, token_nats
 from model.observer import Observer
 from model.reparam import ReparamConfig
 from model.stack import Model
@@ -97,6 +98,8 @@ class Spread:
         kept: name -> state that is no gradient's (vectors of a power iteration), whole and alike on every process.
         reparam: what parameters stand for, where that is not what is multiplied.
         auxiliary: name -> what the last `train` came to beside the nats: means over the whole global batch.
+        modality_nats: of what `train` or `evaluate` returned last, that of the targets of each modality; empty where
+            the model does not tell them apart.
         uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
@@ -124,6 +127,8 @@ class Spread:
         self.kept: dict[str, Tensor] = {}
         self.reparam = SigmaReparam(self, reparam) if reparam.kind == "sigma" else PlainWeights()
         self.auxiliary: dict[str, float] = {}
+        self.modality_nats: list[float] = []
+        self.modalities = 0 if self.architecture.untie is None else self.architecture.untie.modalities
         self._losses: list[AuxiliaryLoss] = [*router_losses(uncut, mesh, device)]
         self._selection = SelectionBias(uncut, mesh)
         self._of_experts = expert_names(uncut)
@@ -131,7 +136,7 @@ class Spread:
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
-            self.pipeline = Pipeline(held, self.layout, device, mesh.group("pp"), self._residual)
+            self.pipeline = Pipeline(held, self.layout, device, mesh.group("pp"), self._residual, self.modalities)
         self.parameters = self._named_parameters()
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
@@ -252,18 +257,23 @@ class Spread:
         self.auxiliary = {loss.name: loss.finish() for loss in self._losses}
         if self._selection.layers:
             self._selection.finish()
-        return nats.item() if self._speaks else 0.0
+        return self._told(nats)
+
+    def _told(self, nats: Tensor) -> float:
+        """Of sums that several processes have alike, what this one tells the others."""
+        first, *self.modality_nats = nats.tolist() if self._speaks else [0.0] * len(nats)
+        return first
 
     def _train(self, batch: Batch, objective: Objective, scale: float) -> Tensor:
-        """Forward and backward of all micro-batches; their nats."""
+        """Forward and backward of all micro-batches; their nats `[1 + M]`, of all and of each modality's."""
         if self.pipeline is not None:
             return self.pipeline.train(batch, objective, scale)
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
             synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
-            part_nats = loss_sum(self.stages[0], objective, part)
-            (part_nats * scale).backward()
-            nats += part_nats.detach()
+            nats_BN = token_nats(self.stages[0], objective, part)
+            (nats_BN.sum() * scale).backward()
+            nats += sums(nats_BN, part.target_modalities, self.modalities)
         return nats
 
     @torch.no_grad()
@@ -282,11 +292,11 @@ class Spread:
         """The nats of this process's piece of its share of the batch, on one of those that have it. Collective."""
         batch = self._piece(batch)
         if self.pipeline is not None:
-            nats = self.pipeline.evaluate(batch, objective).item()
-        else:
-            parts = batch.micro_batches(self.layout.microbatches)
-            nats = sum(loss_sum(self.stages[0], objective, part).item() for part in parts)
-        return nats if self._speaks else 0.0
+            return self._told(self.pipeline.evaluate(batch, objective))
+        nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
+        for part in batch.micro_batches(self.layout.microbatches):
+            nats += sums(token_nats(self.stages[0], objective, part), part.target_modalities, self.modalities)
+        return self._told(nats)
 
     @torch.no_grad()
     def observe(self, batch: Batch, observer: Observer) -> None:
@@ -301,7 +311,9 @@ class Spread:
                     self.pipeline.forward(parts)
                     return
                 for part in parts:
-                    self.stages[0](part.tokens, documents=part.documents, positions=part.positions)
+                    self.stages[0](
+                        part.tokens, documents=part.documents, positions=part.positions, modalities=part.modalities
+                    )
         finally:
             self.evaluating(False)
 
@@ -324,7 +336,15 @@ class Spread:
 
     def _piece(self, batch: Batch) -> Batch:
         """On the device, and cut along the sequence."""
-        return batch.cut_by(self.stages[0].cut.piece).to(self.device)
+        return self.labelled(batch).cut_by(self.stages[0].cut.piece).to(self.device)
+
+    def labelled(self, batch: Batch) -> Batch:
+        """A batch that knows of which modality its tokens are, where the model tells them apart by their ids."""
+        untie = self.architecture.untie
+        if untie is None or batch.modalities is not None:
+            return batch
+        modalities, of_targets = untie.of_tokens(batch.tokens), untie.of_tokens(batch.targets)
+        return replace(batch, modalities=modalities, target_modalities=of_targets)
 
     @property
     def _speaks(self) -> bool:

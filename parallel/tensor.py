@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from model.layer import CUT_DIMENSION, Layer, Mixer
 from model.norms import SimpleRMSNorm
 from model.stack import Model
+from model.untied import maps_out
 from parallel.collectives import Enter
 from parallel.norms import DeferredNorm
 from parallel.region import Region, SpreadHeads
@@ -64,7 +66,7 @@ def _layer_faults(layer: Layer) -> Iterator[str]:
         if word not in CUT_DIMENSION:
             said = "does not say how" if word is None else f"says {word!r}, which is no way in which"
             yield f"{said} {name} is cut: its sharding table has to have one of {', '.join(CUT_DIMENSION)}."
-    projections, modules = layer.output_projections, dict(layer.named_modules())
+    projections, modules = maps_out(layer), dict(layer.named_modules())
     rows = {name.rpartition(".")[0] for name, word in layer.sharding.items() if word == "row"}
     if others := sorted(rows - set(projections)):
         yield (
@@ -101,7 +103,8 @@ def cut(model: Model, region: Region) -> Cuts:
 
 
 def _cut_layer(layer: Layer, prefix: str, region: Region, cuts: Cuts) -> None:
-    projections, together = layer.output_projections, layer.output_projections != [layer.output_projection]
+    projections = maps_out(layer)
+    together = projections != [layer.output_projection]
     outside = set() if together or region.cuts_sequence else {f"{projections[0]}.bias"}
     for name, _ in list(layer.named_parameters()):
         dimension = CUT_DIMENSION[layer.sharding[name]]
@@ -120,7 +123,8 @@ def _cut_layer(layer: Layer, prefix: str, region: Region, cuts: Cuts) -> None:
     if together:
         for projection in projections:
             PartialLinear.of(layer.get_submodule(projection), region)
-        layer.register_forward_hook(lambda module, args, out: region.leave(out))
+        leave = region.leave if norm is None else partial(norm.finish, region=region)
+        layer.register_forward_hook(lambda module, args, out: leave(out))
     else:
         SummedLinear.of(layer.get_submodule(projections[0]), region, norm)
     layer.remake_buffers = _cut_buffers(layer, layer.remake_buffers, region)  # type: ignore[method-assign]

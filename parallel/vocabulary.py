@@ -37,10 +37,10 @@ class VocabularyCrossEntropy:
 
     def __call__(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return _SummedNats.apply(wide_TV, targets_T, self.region.group, self.share)
+        return _Nats.apply(wide_TV, targets_T, self.region.group, self.share)
 
 
-class _SummedNats(torch.autograd.Function):
+class _Nats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, group: str, share: range) -> Tensor:
         local_T, inside_T = _local(targets_T, share)
@@ -50,13 +50,13 @@ class _SummedNats(torch.autograd.Function):
         own_T = (logits_TV.gather(1, local_T[:, None]) - top_T1)[:, 0] * inside_T
         sum_T, target_T = sum_over(torch.stack((odds_TV.sum(-1), own_T)), group)
         ctx.save_for_backward(odds_TV.div_(sum_T[:, None]), local_T, inside_T, counted_T)
-        return torch.where(counted_T, sum_T.log() - target_T, 0).sum()
+        return torch.where(counted_T, sum_T.log() - target_T, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities_TV, local_T, inside_T, counted_T = ctx.saved_tensors
         grad_TV = probabilities_TV.scatter_add(1, local_T[:, None], -inside_T[:, None].to(probabilities_TV.dtype))
-        return grad_TV.mul_(grad * counted_T[:, None]), None, None, None
+        return grad_TV.mul_((grad_T * counted_T)[:, None]), None, None, None
 
 
 def _local(ids: Tensor, share: range) -> tuple[Tensor, Tensor]:

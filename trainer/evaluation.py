@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.diagnostics import Diagnosis, Numbers, Tally, probed
 from model.hf.loading import load_source
 from model.hf.source import Source, open_model
-from model.objective import NextToken, loss_sum
+from model.objective import NextToken, token_nats
 from model.settings import build
 from model.stack import Model
 from trainer.data.check import check_sources
@@ -133,7 +133,7 @@ def _score(name: str, model: Model, data: EvaluationData, text_bytes: int | None
     nats, tokens = 0.0, 0
     for index in range(data.num_batches(batch_size)):
         batch = data.batch(index, range(batch_size), batch_size).to(device)
-        nats += loss_sum(model, NextToken(), batch).item()
+        nats += token_nats(model, NextToken(), batch).double().sum().item()
         tokens += int(batch.counted.sum())
     return Score(name, nats, tokens, text_bytes)
 

@@ -81,6 +81,7 @@ class Run:
             "loss": outcome.loss,
             **outcome.auxiliary,
             **({"total_loss": outcome.total_loss} if outcome.auxiliary else {}),
+            **outcome.by_modality,
             "grad_norm": outcome.grad_norm,
             "tokens": self.counters.tokens,
             "lr": lr,

@@ -13,6 +13,7 @@ from model.objective import Objective
 from parallel.data import sum_over_ranks
 from parallel.gradients import clip_gradients, counts_here, gradient_norm
 from parallel.spread import Spread
+from trainer.modalities import counted_of_each, losses_of_each, tokens_of_each
 from trainer.optimizer import set_learning_rate
 from trainer.signals import StopRequest
 
@@ -21,7 +22,8 @@ from trainer.signals import StopRequest
 class Outcome:
     """What one step came to. `loss` in nats per counted token; `stop`: some rank was asked to stop.
 
-    `auxiliary`: name -> what else was minimised, with its weight; `total_loss`: all of it.
+    `auxiliary`: name -> what else was minimised, with its weight; `total_loss`: all of it. `by_modality`: name -> what
+    is known of each modality, where the model tells them apart.
     """
 
     loss: float
@@ -29,6 +31,7 @@ class Outcome:
     skipped: bool
     stop: bool
     auxiliary: dict[str, float] = field(default_factory=dict)
+    by_modality: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def total_loss(self) -> float:
@@ -61,12 +64,14 @@ class Updater:
 
     def update(self, batch: Batch, step: int, lr: float) -> Outcome:
         """Train on this rank's share of the global batch. Collective."""
-        mesh = self.model.mesh
+        mesh, untie = self.model.mesh, self.model.architecture.untie
         seed_generators(self.seed, step, mesh.data_rank)
-        (counted,) = sum_over_ranks([batch.counted.sum().item() if mesh.is_first_of_share else 0.0])
+        batch = self.model.labelled(batch)
+        here = [float(batch.counted.sum()), *counted_of_each(batch, untie)]
+        counted, *of_each = sum_over_ranks([count if mesh.is_first_of_share else 0.0 for count in here])
         # The mean over the counted tokens of the global batch: one normaliser, whoever has how many of them.
         nats = self.model.train(batch, self.objective, 1.0 / max(counted, 1.0))
-        total_nats, stops = sum_over_ranks([nats, float(self.stop.requested)])
+        total_nats, stops, *nats_of_each = sum_over_ranks([nats, float(self.stop.requested), *self.model.modality_nats])
         loss = total_nats / max(counted, 1.0)
         self.model.reparam.complete_gradients()
         norm = gradient_norm([p.grad for p in self.counted if p.grad is not None], self.model.device).item()
@@ -79,7 +84,8 @@ class Updater:
                 self.optimizer.step()
             self.model.finish_update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(loss, norm, skipped, stop=stops > 0, auxiliary=self.model.auxiliary)
+        by_modality = losses_of_each(untie, nats_of_each, of_each) | tokens_of_each(untie, of_each)
+        return Outcome(loss, norm, skipped, stops > 0, self.model.auxiliary, by_modality)
 
 
 def seed_generators(seed: int, step: int, share: int) -> None:

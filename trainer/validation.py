@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from model.objective import Objective
 from parallel.data import sum_over_ranks
 from parallel.spread import Spread
 from trainer.data.evaluation import EvaluationData
+from trainer.modalities import counted_of_each, losses_of_each
 from trainer.signals import StopRequest
 
 
@@ -32,12 +35,13 @@ class Validation:
         """Whether one follows this update: every so many steps, and after the last."""
         return step % self.every_steps == 0 or step == self.last_step
 
-    def losses(self, model: Spread) -> dict[str, float] | None:
-        """`val_loss` over all sources together and `val_loss/NAME` of each, in nats per token. Collective.
+    def losses(self, model: Spread) -> dict[str, float | None] | None:
+        """`val_loss` over all sources together, `val_loss/NAME` of each, and `modality/NAME/val_loss` of each modality
+        that the model tells apart, in nats per token. Collective.
 
         None when some rank was asked to stop meanwhile: a stop must not wait for a long validation.
         """
-        sums = {}
+        sums: dict[str, list[list[float]]] = {}
         model.evaluating(True)
         try:
             for name, source in self.sources.items():
@@ -46,22 +50,29 @@ class Validation:
                 sums[name] = found
         finally:
             model.evaluating(False)
-        nats = sum(found[0] for found in sums.values())
-        counted = sum(found[1] for found in sums.values())
-        losses = {"val_loss": nats / max(counted, 1.0)}
+        nats, counted = (_added(parts) for parts in zip(*sums.values(), strict=True))
+        losses: dict[str, float | None] = {"val_loss": nats[0] / max(counted[0], 1.0)}
         if len(sums) > 1:
-            losses |= {f"val_loss/{name}": found[0] / max(found[1], 1.0) for name, found in sums.items()}
-        return losses
+            losses |= {f"val_loss/{name}": found[0][0] / max(found[1][0], 1.0) for name, found in sums.items()}
+        return losses | losses_of_each(model.architecture.untie, nats[1:], counted[1:], "val_loss")
 
-    def _source_sums(self, model: Spread, source: EvaluationData) -> tuple[float, float] | None:
+    def _source_sums(self, model: Spread, source: EvaluationData) -> list[list[float]] | None:
+        """Nats, and counted predictions: of all, then of each modality."""
         count = source.num_batches(self.batch_size)
-        nats, counted = 0.0, 0.0
+        found = [[0.0] * (1 + model.modalities)] * 2
         for index in range(min(count, self.batches) if self.batches else count):
-            batch = source.batch(index, self.rows, self.batch_size)
-            mine_counted = batch.counted.sum().item() if model.mesh.is_first_of_share else 0.0
-            mine = [model.evaluate(batch, self.objective), mine_counted, float(self.stop.requested)]
-            batch_nats, batch_counted, stops = sum_over_ranks(mine)
+            batch = model.labelled(source.batch(index, self.rows, self.batch_size))
+            counted = [float(batch.counted.sum()), *counted_of_each(batch, model.architecture.untie)]
+            if not model.mesh.is_first_of_share:
+                counted = [0.0] * len(counted)
+            nats = [model.evaluate(batch, self.objective), *model.modality_nats]
+            stops, *told = sum_over_ranks([float(self.stop.requested), *nats, *counted])
             if stops:
                 return None
-            nats, counted = nats + batch_nats, counted + batch_counted
-        return nats, counted
+            found = [_added(parts) for parts in zip(found, (told[: len(nats)], told[len(nats) :]), strict=True)]
+        return found
+
+
+def _added(parts: Iterable[list[float]]) -> list[float]:
+    """Sums, place by place."""
+    return [sum(values) for values in zip(*parts, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,24 @@ from kernels.grouped import GroupedLinear, one_product_serves
 from model.context import Context
 
 
-class Experts(nn.ModuleDict):
-    """Feed-forwards by their global numbers: rows `[T, D]` sorted by expert, so many for each, `[T, D]`.
+class Several(nn.ModuleDict):
+    """Feed-forwards by their numbers: rows `[T, D]` sorted by them, so many for each, `[T, D]`.
 
-    An expert without rows runs on none: so its gradients are zeros and not missing, whoever is waiting for them.
+    One without rows runs on none: so its gradients are zeros and not missing, whoever is waiting for them.
     """
 
-    def forward(self, x_TD: Tensor, sizes: list[int], ctx: Context) -> Tensor:
+    def forward(self, x_TD: Tensor, sizes: list[int], contexts: Sequence[Context]) -> Tensor:
+        """`contexts`: what each of them is told beside its rows."""
         experts = list(self.values())
         linear = [child for child in experts[0].children() if _is_map(child)]
         if all(one_product_serves(x_TD, child.weight) for child in linear) and _are_linear_maps(experts):
-            return _joined(experts, sizes, x_TD.device)(x_TD, ctx)
-        return torch.cat([expert(part, ctx) for expert, part in zip(experts, x_TD.split(sizes), strict=True)])
+            return _joined(experts, sizes, x_TD.device)(x_TD, contexts[0])
+        parts = x_TD.split(sizes)
+        return torch.cat([expert(part, ctx) for expert, part, ctx in zip(experts, parts, contexts, strict=True)])
+
+
+class Experts(Several):
+    """Those of a mixture, by their global numbers: expert parallelism spreads them over processes."""
 
 
 def _is_map(module: nn.Module) -> bool:

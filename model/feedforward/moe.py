@@ -201,12 +201,30 @@ class MoE(FeedForward):
         scores_BNE, ranked_BNE = self.router(x)
         index_BNK = best(ranked_BNE, self.config.top_k)
         if ctx.observer is not None:
-            found = Routing(
-                "feedforward", scores_BNE, chosen(index_BNK, self.config.num_experts), score=self.config.score
-            )
-            scores_BNE = ctx.observer.routing(self.site.layer, found)
+            scores_BNE = self._shown(scores_BNE, index_BNK, ctx)
         out = self._chosen_experts(x, index_BNK, self._gates(scores_BNE, index_BNK), ctx)
         return out if self.shared is None else out + self.shared(x, ctx)
+
+    def _shown(self, scores: Tensor, index: Tensor, ctx: Context) -> Tensor:
+        """Scores, `[B, N, E]`, or `[T, E]` of the tokens of one modality, after an observer has seen them."""
+        assert ctx.observer is not None
+        picked = chosen(index, self.config.num_experts)
+        if ctx.tower is None:
+            found = Routing("feedforward", scores, picked, score=self.config.score)
+            return ctx.observer.routing(self.site.layer, found)
+        # Whoever observes knows tokens by their sequences.
+        assert ctx.groups is not None and ctx.tower_rows is not None
+        (batch_size, n), rows = ctx.groups.shape, ctx.tower_rows
+        nothing = scores.new_zeros(batch_size * n, self.config.num_experts)
+        found = Routing(
+            "feedforward",
+            nothing.index_copy(0, rows, scores).unflatten(0, (batch_size, n)),
+            nothing.bool().index_copy(0, rows, picked).unflatten(0, (batch_size, n)),
+            score=self.config.score,
+            tower=ctx.tower,
+            routed_BN=nothing[:, 0].bool().index_fill(0, rows, True).unflatten(0, (batch_size, n)),
+        )
+        return ctx.observer.routing(self.site.layer, found).flatten(0, 1)[rows]
 
     def _gates(self, scores_BNE: Tensor, index_BNK: Tensor) -> Tensor:
         """Of the chosen experts, `[B, N, K]`, fp32 or wider."""
@@ -232,9 +250,9 @@ class MoE(FeedForward):
         counts_E = chosen(index_BNK, self.config.num_experts).flatten(0, -2).sum(0)
         dispatch = ctx.experts.dispatch(counts_E, len(order))
         rows_RD = dispatch.send(Gather.apply(x_BND.flatten(0, -2), order, inverse, top_k))
-        made_RD = dispatch.bring_back(self.experts(rows_RD, dispatch.sizes, ctx))
+        made_RD = dispatch.bring_back(self.experts(rows_RD, dispatch.sizes, [ctx] * len(self.experts)))
         # From the order of experts back to that of tokens: a sum that is always taken in the same order.
-        made_BNKD = permuted(made_RD, inverse, order).view(*index_BNK.shape, -1)
+        made_BNKD = permuted(made_RD, inverse, order).unflatten(0, index_BNK.shape)
         return (made_BNKD.to(gates_BNK.dtype) * gates_BNK[..., None]).sum(-2).to(x_BND.dtype)
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:

@@ -77,6 +77,7 @@ class Attention(Mixer):
 
     context = "kv"
     has_attention_map = True
+    token_norms = frozenset({"q_norm", "k_norm"})
     sharding = {
         **PROJECTIONS,
         "q_norm.weight": "replicate",

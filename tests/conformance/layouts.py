@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
+from model.batch import Batch
 from model.config import Architecture
 from model.entropy import EntropyPenalty
 from model.objective import NextToken
@@ -144,6 +145,9 @@ class Case:
 
     `experts`: settings of a mixture of experts, which is then the feed-forward of the last layers.
 
+    `untie`: what each modality has for itself. Where ids do not say which one a token is of, the first half of the rows
+    is of the first one alone, and there is none of the last.
+
     `entropy`: a penalty that is trained on beside the cross-entropy. `mixer`: what the example is changed by.
     """
 
@@ -157,6 +161,7 @@ class Case:
     entropy: EntropyPenalty | None = None
     mixer: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, Any] = field(default_factory=dict)
+    untie: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -199,6 +204,8 @@ class Case:
         }
         if self.experts:
             tables["feedforwards"]["moe"] = self.experts
+        if self.untie:
+            tables["untie"] = self.untie
         faults: list[str] = []
         _, built = build_architecture(tables, faults, allow_code=True)
         assert built is not None, faults
@@ -237,11 +244,23 @@ def updater_of(model: Spread, case: Case, frozen: tuple[str, ...] = ()) -> Updat
     return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
 
 
-def share_of(model: Spread, step: int, isolated: bool = True) -> Any:
+def share_of(model: Spread, step: int, isolated: bool = True) -> Batch:
     """This process's rows of the global batch of a step; rows count 5 to 95% of their tokens."""
     share = ROWS // model.layout.data_parallel
     rows = slice(model.mesh.data_rank * share, (model.mesh.data_rank + 1) * share)
-    return random_batch(ROWS, LENGTH, seed=step, isolated=isolated).rows(rows)
+    batch, untie = random_batch(ROWS, LENGTH, seed=step, isolated=isolated), model.architecture.untie
+    if untie is not None and not untie.by_ids:
+        batch = with_modalities(batch, untie.modalities, step)
+    return batch.rows(rows)
+
+
+def with_modalities(batch: Batch, count: int, seed: int) -> Batch:
+    """Of so many modalities, in the first half of the rows only the first, and nowhere the last."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, n = batch.tokens.shape
+    of_all = torch.randint(count - 1, (rows, n + 1), generator=generator)
+    of_all[: rows // 2] = 0
+    return replace(batch, modalities=of_all[:, :-1], target_modalities=of_all[:, 1:])
 
 
 def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
@@ -291,7 +310,8 @@ def two_steps(
     """
     model = build(case, parallel, precision, compiled)
     updater = updater_of(model, case, frozen)
-    seen: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "auxiliary": [], "gradients": {}}
+    scalars = ("losses", "norms", "evaluated", "auxiliary", "by_modality")
+    seen: dict[str, Any] = {what: [] for what in scalars} | {"gradients": {}}
     plain_step = updater.optimizer.step
 
     def noting_step() -> None:
@@ -305,6 +325,7 @@ def two_steps(
         seen["losses"].append(outcome.loss)
         seen["norms"].append(outcome.grad_norm)
         seen["auxiliary"] += outcome.auxiliary.values()
+        seen["by_modality"] += [-1.0 if value is None else value for value in outcome.by_modality.values()]
         # Between training steps, as validation comes: it must leave no trace.
         model.evaluating(True)
         nats = torch.tensor(model.evaluate(share_of(model, 100, case.isolated), updater.objective), dtype=torch.float64)
@@ -359,8 +380,8 @@ def differences(found: Tensors, wanted: Tensors, floor: float) -> Iterator[tuple
 
 def assert_equal(results: list[dict[str, Any]], alone: dict[str, Any], bounds: Bounds) -> None:
     """Every rank's losses and norms, and every tensor, within the bounds of one process's."""
-    scalars = {"losses": bounds.losses, "auxiliary": bounds.losses, "norms": bounds.norms, "evaluated": bounds.losses}
-    for what, bound in scalars.items():
+    scalars = dict.fromkeys(("losses", "auxiliary", "evaluated", "by_modality"), bounds.losses)
+    for what, bound in (scalars | {"norms": bounds.norms}).items():
         for rank, result in enumerate(results):
             assert result[what] == pytest.approx(alone[what], rel=bound, abs=0), f"{what} on rank {rank}"
     for result in results:

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.cache import Cache
 from model.context import Context
+from model.initialisation import all_inits
 from model.layer import Packed
-from model.stack import Model, all_inits
+from model.stack import Model
 from parallel.recompute import compile_blocks, recompute_blocks
 from tests.conformance.models import (
     CASES,

@@ -128,7 +128,7 @@ class NotFinite:
     def __call__(self) -> Any:
         import parallel.spread
 
-        plain = parallel.spread.loss_sum
+        plain = parallel.spread.token_nats
         calls = 0
 
         def poisoned(*args: Any) -> torch.Tensor:
@@ -137,7 +137,7 @@ class NotFinite:
             bad = calls in self.steps and dist.get_rank() == self.rank
             return plain(*args) * (float("nan") if bad else 1.0)
 
-        return _patched(parallel.spread, "loss_sum", poisoned)
+        return _patched(parallel.spread, "token_nats", poisoned)
 
 
 def status(run_dir: Path) -> dict[str, Any]:

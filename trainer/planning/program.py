@@ -155,7 +155,9 @@ def _batch(config: Config, rows: int) -> Batch:
     shape = (rows, config.data.seq_len)
     tokens, targets, documents, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
     counted = torch.ones(shape, dtype=torch.bool)
-    return Batch(tokens, targets, counted, documents if config.data.isolate_documents else None, positions)
+    modalities = None if config.architecture.untie is None else tokens
+    isolated = documents if config.data.isolate_documents else None
+    return Batch(tokens, targets, counted, isolated, positions, modalities, modalities)
 
 
 def _size(batch: Batch) -> int:
@@ -216,9 +218,9 @@ class _Marks:
         self.at_losses: list[Sums] = []
         self.around_pipeline: list[Sums] = []
 
-    def loss_sum(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
+    def nats(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
         self.at_losses.append(self.trace.traffic_so_far())
-        return self.objective.loss_sum(logits_BNV, targets_BN, counted_BN)
+        return self.objective.nats(logits_BNV, targets_BN, counted_BN)
 
     def watch(self, pipeline: Any) -> None:
         """Note what has been sent before and after the pipeline's micro-batches."""

@@ -1,0 +1,158 @@
+"""Weights per modality in every layout: every comparison is with one process, in which a modality's weights are only
+what the mixers' and feed-forwards' own are.
+
+Rows are of three modalities: the first half of them of one alone, so ranks, micro-batches and pieces of the sequence
+have none of the second; and nobody has any of the third, whose gradients are zeros and not missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conformance.layouts import BOUNDS, EXPERT_LAYOUTS, KNOWN, LAYOUTS, Case, merged, two_steps
+from tests.conformance.test_layout_checkpoints import assert_bit_equal, assert_continued, written_and_read
+from tests.conformance.test_layouts import FOURS, compare
+from tests.pool import Pool
+
+Alone = Callable[..., dict[str, Any]]
+MATRIX = pytest.mark.matrix
+THREE = {"modalities": 3}
+SANDWICH = {"norm_position": "sandwich_out"}
+QUICK = ("fsdp2", "tp2", "pp2 zbv", "cp2 x fsdp2")
+QUICK_EXPERTS = ("ep2", "ep2 x cp2 x fsdp2")
+PARTS: dict[str, list[str]] = {
+    "qkv": ["qkv"],
+    "o": ["o"],
+    "feedforward": ["feedforward"],
+    "norms": ["norms"],
+}
+
+
+def untied(name: str, kinds: str = "softmax+lightning", precision: str = "fp64", **untie: Any) -> Case:
+    return replace(Case.of(kinds, name, precision), untie=THREE | untie)
+
+
+@pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=MATRIX) for x in LAYOUTS])
+def test_towers_of_two_mixers(pool: Pool, alone: Alone, name: str) -> None:
+    compare(pool, alone, untied(name), name, "fp64")
+
+
+@MATRIX
+@pytest.mark.parametrize("name", ["tp2 x pp2 x fsdp2", "tp2 x cp2", "tp4"])
+@pytest.mark.parametrize("kinds", FOURS)
+def test_towers_of_all_mixers(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
+    compare(pool, alone, untied(name, kinds), name, "fp64")
+
+
+@pytest.mark.parametrize("name", [x if x in QUICK_EXPERTS else pytest.param(x, marks=MATRIX) for x in EXPERT_LAYOUTS])
+def test_towers_with_experts(pool: Pool, alone: Alone, name: str) -> None:
+    """One modality has a mixture of experts in every layer, the others only in the last of each stage."""
+    case = untied(name, "softmax", feedforwards={"1": "moe"})
+    pattern = {"feedforward_pattern": ["moe", "gelu"]}
+    compare(pool, alone, replace(case, model=pattern, experts=case.experts | {"bias_rate": 0.01}), name, "fp64")
+
+
+@pytest.mark.parametrize("name", ["ep2 x tp2", pytest.param("ep2 x cp2 x fsdp2", marks=MATRIX)])
+def test_experts_of_towers_balanced_over_the_global_batch(pool: Pool, alone: Alone, name: str) -> None:
+    case = replace(untied(name, "softmax"), num_layers=2)
+    compare(pool, alone, replace(case, experts=case.experts | {"balance_over": "global_batch"}), name, "fp64")
+
+
+@pytest.mark.parametrize("name", ["tp2", pytest.param("tp2 x cp2 x pp2", marks=MATRIX)])
+def test_norms_on_what_is_added(pool: Pool, alone: Alone, name: str) -> None:
+    compare(pool, alone, replace(untied(name), model=SANDWICH | {"norm": "layernorm"}), name, "fp64")
+
+
+@MATRIX
+@pytest.mark.parametrize("name", ["tp2 x cp2", "pp2 x fsdp2"])
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_by_itself(pool: Pool, alone: Alone, part: str, name: str) -> None:
+    compare(pool, alone, untied(name, parts=PARTS[part]), name, "fp64")
+
+
+@pytest.mark.parametrize("name", ["tp2 x pp2", pytest.param("cp2 x fsdp2", marks=MATRIX)])
+def test_ids_say_the_modality(pool: Pool, alone: Alone, name: str) -> None:
+    compare(pool, alone, untied(name, ranges=[[0, 20, 50, 61], [20, 45], [45, 50]]), name, "fp64")
+
+
+@MATRIX
+@pytest.mark.parametrize("name", ["tp2 x cp2", "pp2 x fsdp2", "tp2 x fsdp2"])
+def test_towers_in_fp32(pool: Pool, alone: Alone, name: str) -> None:
+    compare(pool, alone, untied(name, precision="fp32"), name, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"optimizer": "muon", "model": {"tie_embeddings": False}}, "tp2 x fsdp2"),
+        pytest.param({"reparam": {"kind": "sigma", "qkv_grouping": "qk+v"}}, "tp2 x fsdp2", marks=MATRIX),
+    ],
+)
+def test_each_tower_is_a_matrix(pool: Pool, alone: Alone, settings: dict[str, Any], name: str) -> None:
+    case = replace(untied(name, "softmax"), num_layers=2, **settings)
+    compare(pool, alone, case, name, "fp64")
+    if "reparam" in settings:
+        assert "layers.0.mixer.qk.towers.1.spectral_gain" in alone(case)["beside"]
+
+
+def test_an_absent_modality_has_gradients_of_zero(pool: Pool, alone: Alone) -> None:
+    """And no part in the norm; each rank has them, with nothing to say."""
+    gradients = alone(untied("fsdp2"))["gradients"]
+    third = {name: gradient for name, gradient in gradients.items() if ".towers.2." in name}
+    assert len(third) == len([name for name in gradients if ".towers.0." in name]) > 30
+    assert not any(gradient.any() for gradient in third.values())
+    second = [gradient for name, gradient in gradients.items() if name.endswith("mixer.q.towers.1.weight")]
+    assert len(second) == 4 and all(gradient.any() for gradient in second)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("tp2 x pp2", marks=MATRIX)])
+def test_a_frozen_tower(pool: Pool, alone: Alone, name: str) -> None:
+    """Not in the gradients, and not in decay; gradients go on through it."""
+    frozen = ("*.towers.0.*", "embedding.*", "final_norm.*")
+    case = untied(name, "softmax")
+    compare(pool, alone, case, name, "fp64", frozen=frozen)
+    found = alone(case, frozen=frozen)
+    assert not [n for n in found["gradients"] if ".towers.0." in n]
+    assert found["gradients"]["layers.0.mixer.q.towers.1.weight"].any()
+
+
+@pytest.mark.parametrize("name", ["tp2 x fsdp2", pytest.param("pp2", marks=MATRIX)])
+def test_bf16_stays_near(pool: Pool, alone: Alone, name: str) -> None:
+    world_size, parallel = KNOWN[name]
+    case = untied(name)
+    results = pool.run(two_steps, world_size, case, parallel, "bf16")
+    for found in results:
+        assert found["losses"] == pytest.approx(alone(case)["losses"], rel=0.02)
+        assert found["by_modality"] == pytest.approx(alone(case)["by_modality"], rel=0.03)
+    assert {value.dtype for value in merged(results, "parameters").values()} == {torch.float32}
+
+
+@MATRIX
+def test_compiled_blocks_with_towers(pool: Pool, alone: Alone) -> None:
+    """The compiler's graph breaks where rows go to their towers; what is computed is the same."""
+    case = replace(untied("fsdp2", "softmax", "fp32"), num_layers=1, model={"feedforward_pattern": ["gelu"]})
+    case = replace(case, experts={})
+    compare(pool, alone, case, "fsdp2", "fp32", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("by", "then"), [("tp2 x pp2", "fsdp2"), pytest.param("ep2", "ep2 x cp2 x fsdp2", marks=MATRIX)]
+)
+def test_checkpoints_cross(pool: Pool, tmp_path: Path, by: str, then: str) -> None:
+    case = untied("pp2", "softmax", feedforwards={"1": "moe"})
+    wanted = written_and_read(pool, case, tmp_path / "alone", "alone", "alone", "fp64")
+    found = written_and_read(pool, case, tmp_path / "crossed", by, then, "fp64")
+    assert_continued(found, wanted, BOUNDS["fp64"])
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("tp2", "fp32"), pytest.param("ep2 x cp2 x fsdp2", "bf16", marks=MATRIX)]
+)
+def test_a_run_continues_bit_for_bit(pool: Pool, tmp_path: Path, name: str, precision: str) -> None:
+    assert_bit_equal(pool, untied(name, "softmax"), tmp_path, name, precision)
