@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -105,7 +104,9 @@ def cut(model: Model, region: Region) -> Cuts:
 def _cut_layer(layer: Layer, prefix: str, region: Region, cuts: Cuts) -> None:
     projections = maps_out(layer)
     together = projections != [layer.output_projection]
-    outside = set() if together or region.cuts_sequence else {f"{projections[0]}.bias"}
+    norm = _defer_norm(layer)
+    inside = region.cuts_sequence or (together and norm is None)
+    outside = set() if inside else {f"{projection}.bias" for projection in projections}
     for name, _ in list(layer.named_parameters()):
         dimension = CUT_DIMENSION[layer.sharding[name]]
         cuts.dimensions[prefix + name] = dimension
@@ -114,22 +115,44 @@ def _cut_layer(layer: Layer, prefix: str, region: Region, cuts: Cuts) -> None:
         elif name not in outside:
             # Inside, each rank uses it for its own heads; the projection's bias is added outside.
             cuts.summed.add(prefix + name)
-    norm = None
-    if isinstance(layer, Mixer) and layer.full_width_norm is not None:
-        plain = getattr(layer, layer.full_width_norm)
-        if not isinstance(plain, nn.Identity):
-            norm = DeferredNorm(plain)
-            setattr(layer, layer.full_width_norm, norm)
-    if together:
-        for projection in projections:
-            PartialLinear.of(layer.get_submodule(projection), region)
-        leave = region.leave if norm is None else partial(norm.finish, region=region)
-        layer.register_forward_hook(lambda module, args, out: leave(out))
+    maps = [layer.get_submodule(projection) for projection in projections]
+    if not together:
+        SummedLinear.of(maps[0], region, norm)
     else:
-        SummedLinear.of(layer.get_submodule(projections[0]), region, norm)
+        partial_maps = [PartialLinear.of(each, region, biased=norm is None) for each in maps]
+        layer.register_forward_hook(_leave(region, norm, partial_maps))
     layer.remake_buffers = _cut_buffers(layer, layer.remake_buffers, region)  # type: ignore[method-assign]
     layer.remake_buffers()
     layer.register_forward_pre_hook(_enter(region), with_kwargs=True)
+
+
+def _defer_norm(layer: Layer) -> DeferredNorm | None:
+    """Let a mixer's norm over all heads, if it has one, come after the projection; what finishes it."""
+    if not isinstance(layer, Mixer) or layer.full_width_norm is None:
+        return None
+    plain = getattr(layer, layer.full_width_norm)
+    if isinstance(plain, nn.Identity):
+        return None
+    norm = DeferredNorm(plain)
+    setattr(layer, layer.full_width_norm, norm)
+    return norm
+
+
+def _leave(region: Region, norm: DeferredNorm | None, maps: list[PartialLinear]) -> Callable[..., Tensor]:
+    """What several output projections have added up to is summed over ranks; after a norm, each token's bias is added,
+    that of its modality's."""
+
+    def leave(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if norm is None:
+            return region.leave(out)
+        out = norm.finish(out, region)
+        if maps[0].bias is None:
+            return out
+        # Maps out before which there is a norm over all heads are those of modalities.
+        whose_BNM = F.one_hot(region.piece(args[1].modalities), len(maps)).to(out.dtype)
+        return out + whose_BNM @ torch.stack([each.bias for each in maps])
+
+    return leave
 
 
 def _enter(region: Region) -> Callable[..., Any]:
@@ -199,21 +222,22 @@ class PartialLinear(nn.Linear):
     """One of several output projections that are weighted and added up before anything is summed over ranks.
 
     What one rank gives is a summand. The bias is added on the first one only: the others give zero times theirs, so
-    that the gradient of it, which is summed, is there on all of them.
+    that the gradient of it, which is summed, is there on all of them. Where it is not `biased`, whoever sums adds it.
     """
 
-    adds_bias: float
+    adds_bias: float | None
 
     @classmethod
-    def of(cls, plain: nn.Module, region: Region) -> PartialLinear:
+    def of(cls, plain: nn.Module, region: Region, *, biased: bool) -> PartialLinear:
         """A plain projection with cut weights, made one of several."""
         plain.__class__ = cls
         assert isinstance(plain, cls)
-        plain.adds_bias = float(region.rank == 0)
+        plain.adds_bias = float(region.rank == 0) if biased else None
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, None if self.bias is None else self.bias * self.adds_bias)
+        outside = self.bias is None or self.adds_bias is None
+        return F.linear(x, self.weight, None if outside else self.bias * self.adds_bias)
 
 
 def _cut_vocabulary(model: Model, region: Region, cuts: Cuts) -> None:

@@ -81,6 +81,7 @@ def ask_in_this_process(folder: Path, tokens: Tensor, **request: Any) -> Answer:
     content = {
         "folder": str(folder),
         "tokens": tokens.tolist(),
+        "modalities": None if (modalities := request.get("modalities")) is None else modalities.tolist(),
         "texts": request.get("texts"),
         "trust": request["trust"],
         "wide": request.get("wide", ()),

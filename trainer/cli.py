@@ -26,6 +26,7 @@ COMMANDS = {
     "upcycle moh": ("trainer.commands.upcycle:moh", "a dense model with heads that are chosen for each token"),
     "upcycle moe": ("trainer.commands.upcycle_moe:moe", "a dense model with copies of its feed-forwards as experts"),
     "upcycle bam": ("trainer.commands.upcycle:bam", "several dense models of one seed as one model of experts"),
+    "upcycle mot": ("trainer.commands.upcycle_mot:mot", "a dense model with weights for each modality"),
     "report": ("trainer.commands.report:report", "one HTML page about a run"),
     "doctor": ("trainer.commands.doctor:doctor", "what is installed and fast, what is missing"),
 }

@@ -19,7 +19,7 @@ from model.config import Architecture
 from model.files import new_folder, write_json
 from model.folders import MANIFEST, describe_files
 from model.hf.bundle import FLOORS
-from model.hf.check import TEXTS, Agreement, ask_transformers, check_tokens, judge, native_logits
+from model.hf.check import TEXTS, Agreement, ask_transformers, check_modalities, check_tokens, judge, native_logits
 from model.hf.export import DTYPES, Facts, parse_size, read_tokens, write_configuration, write_folder
 from model.hf.folder import CONFIG, is_hugging_face_folder
 from model.hf.formats import choose_format
@@ -119,7 +119,8 @@ def complete_and_compare(
     wanted = native_logits(source, tokens, dtype, allow_code=allow_code)
     texts = None if words is None else TEXTS
     trust = HuggingFaceFolder(folder).format.code is not None
-    answer = ask_transformers(folder, tokens, trust=trust, texts=texts, packages=_packages(architecture))
+    of = check_modalities(architecture, tokens)
+    answer = ask_transformers(folder, tokens, trust=trust, modalities=of, texts=texts, packages=_packages(architecture))
     agreement = judge(answer.logits, wanted, source, tokens, dtype, allow_code=allow_code)
     say(f"logits of transformers and Headway: {agreement}")
     if not agreement.holds:
@@ -167,7 +168,10 @@ def from_hf(
         with _readable_by_transformers(source, architecture) as (readable, trust):
             packages = _packages(architecture)
             wide = source.format.wide
-            answer = ask_transformers(readable, tokens, trust=trust, round_to=kept, wide=wide, packages=packages)
+            of = check_modalities(architecture, tokens)
+            answer = ask_transformers(
+                readable, tokens, trust=trust, modalities=of, round_to=kept, wide=wide, packages=packages
+            )
         agreement = judge(answer.logits, found, StepFolder(partial), tokens, kept, allow_code=allow_code)
         say(f"logits of Headway and transformers: {agreement}")
         if not agreement.holds:

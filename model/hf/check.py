@@ -68,6 +68,12 @@ def check_tokens(architecture: Architecture, n: int = 96) -> Tensor:
     return torch.randint(m.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
 
 
+def check_modalities(architecture: Architecture, tokens: Tensor) -> Tensor | None:
+    """Of which modalities these are to be, in turn, for a model whose ids do not say; None for any other."""
+    untie = architecture.untie
+    return None if untie is None or untie.by_ids else tokens % untie.modalities
+
+
 def native_logits(
     source: Source,
     tokens: Tensor,
@@ -79,7 +85,7 @@ def native_logits(
     """Logits, computed in `precision`, of a model whose weights were rounded to `dtype`. It is in memory only here."""
     model = load_source(source, dtype=dtype, allow_code=allow_code).to(precision)
     with torch.no_grad():
-        return model(tokens)
+        return model(tokens, modalities=check_modalities(model.architecture, tokens))
 
 
 def ask_transformers(
@@ -87,6 +93,7 @@ def ask_transformers(
     tokens: Tensor,
     *,
     trust: bool,
+    modalities: Tensor | None = None,
     texts: list[str] | None = None,
     round_to: torch.dtype | None = None,
     wide: tuple[str, ...] = (),
@@ -96,6 +103,7 @@ def ask_transformers(
 
     Args:
         trust: whether code in the folder may be run: only what we have written there ourselves.
+        modalities: of the tokens, for a class that takes them.
         texts: to be tokenized.
         round_to: weights are rounded to this before they compute in fp32.
         wide: endings of the names of those that are not.
@@ -108,6 +116,7 @@ def ask_transformers(
         content = {
             "folder": str(folder.resolve()),
             "tokens": tokens.tolist(),
+            "modalities": None if modalities is None else modalities.tolist(),
             "texts": texts,
             "trust": trust,
             "round_to": None if round_to is None else str(round_to).removeprefix("torch."),

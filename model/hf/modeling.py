@@ -105,6 +105,7 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        modalities: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As the decoders of transformers.
@@ -113,6 +114,7 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: `[B, M]`, 0 where a token (of those cached or of `input_ids`) is padding, left or right.
             position_ids: `[B, N]`; only the distances between them matter, but to learned positions.
             labels: `[B, N]`, the tokens themselves, -100 where they do not count; gives `loss`.
+            modalities: `[B, N]`, where each modality has weights of its own and ids do not say which one a token is of.
             logits_to_keep: logits of the last so many tokens only, or of those with these indices; 0: of all.
         """
         cache = past_key_values
@@ -124,6 +126,7 @@ class HeadwayForCausalLM(PreTrainedModel, GenerationMixin):
             documents=documents,
             positions=positions if position_ids is None else position_ids.expand_as(input_ids),
             cache=cache,
+            modalities=modalities,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(x[:, kept])

@@ -2,9 +2,9 @@
 
     python -P probe.py REQUEST.json ANSWER.safetensors
 
-REQUEST: `folder`, `tokens` [B][N], `round_to` (a dtype name or null), `wide` (endings of names that are not rounded),
-`texts`, `blocked` (packages), `trust` (run the folder's own code). ANSWER: `logits` [B, N, vocab] in fp32, and the ids
-of the texts as metadata.
+REQUEST: `folder`, `tokens` [B][N], `modalities` (the same, or null), `round_to` (a dtype name or null), `wide` (endings
+of names that are not rounded), `texts`, `blocked` (packages), `trust` (run the folder's own code). ANSWER: `logits`
+[B, N, vocab] in fp32, and the ids of the texts as metadata.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def answer(request: dict[str, Any]) -> tuple[Any, list[list[int]] | None]:
             for name, parameter in model.named_parameters():
                 if name not in kept and not name.endswith(tuple(request["wide"])):
                     parameter.copy_(parameter.to(getattr(torch, request["round_to"])))
+    more = {} if request["modalities"] is None else {"modalities": torch.tensor(request["modalities"])}
     with torch.no_grad():
         # Without a cache: the one of MiniMax counts positions wrongly where its first layer is linear.
-        return model(input_ids=torch.tensor(request["tokens"]), use_cache=False).logits.float(), ids
+        return model(input_ids=torch.tensor(request["tokens"]), use_cache=False, **more).logits.float(), ids
 
 
 def main(request_path: str, answer_path: str) -> None:
