@@ -14,6 +14,7 @@ from trainer.report.read import Run, Series
 from trainer.report.text import compact, duration, escape, number
 
 _STATE_SIGNS = {"running": "▶", "finished": "✓", "stopped": "■", "preempted": "‖", "failed": "✕"}
+_MODALITY = "modality/"
 _OWN_CHARTS = {"loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "step_time", "tokens", "mfu"}
 _MOST_EXTRA_CHARTS = 8
 
@@ -195,13 +196,27 @@ def _small_charts(run: Run) -> list[Chart]:
         Chart("tokens_per_second", "Tokens per second", "", _two("tokens_per_second", run), zero=True),
         Chart("step_time", "Step time", "seconds", _two("step_time", run), zero=True),
     ]
+    charts += _modality_charts(run)
     own = _OWN_CHARTS | attention.CURVES.keys()
-    extra = [name for name in run.series if name not in own and not name.startswith("val_loss/")]
+    extra = [name for name in run.series if name not in own and not name.startswith(("val_loss/", _MODALITY))]
     if len(extra) > _MOST_EXTRA_CHARTS:
         rest = ", ".join(extra[_MOST_EXTRA_CHARTS:])
         run.remarks.append(f"Of the further terms, {_MOST_EXTRA_CHARTS} are drawn; the others are {rest}.")
     for index, name in enumerate(extra[:_MOST_EXTRA_CHARTS]):
         charts.append(Chart(f"extra-{index}", name, "", _two(name, run)))
+    return charts
+
+
+def _modality_charts(run: Run) -> list[Chart]:
+    """What predictions of each modality cost, where the model tells them apart."""
+    charts = []
+    for name in [name for name in run.series if name.startswith(_MODALITY) and name.endswith("/loss")]:
+        modality = name.removeprefix(_MODALITY).removesuffix("/loss")
+        lines = _raw_and_smooth(run.series[name], "training")
+        validated = run.metric(f"{_MODALITY}{modality}/val_loss")
+        if len(validated):
+            lines.append(Line("validation", validated, "val", points=True))
+        charts.append(Chart(f"modality-{len(charts)}", f"Loss of {modality}", "nats per token", lines))
     return charts
 
 
