@@ -15,10 +15,11 @@ from tests.conformance.test_experts import CROSSINGS as EXPERT_CROSSINGS
 from tests.conformance.test_experts import QUICK
 from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
 from tests.conformance.test_layouts import CELLS, FOURS, FP32, KINDS, OTHER_LAYOUTS, OTHERS, PAIRS, faults
+from tests.conformance.test_towers import FP32 as TOWERS_FP32
 
 Rows = list[tuple[str, ...]]
 FILE = "tests/conformance/test_layouts.py"
-FILES = [FILE, "tests/conformance/test_experts.py"]
+FILES = [FILE, "tests/conformance/test_experts.py", "tests/conformance/test_towers.py"]
 
 
 def tables() -> dict[str, Rows]:
@@ -27,6 +28,7 @@ def tables() -> dict[str, Rows]:
         "layouts": _cells(LAYOUTS, FP32),
         "products": _cells(PRODUCTS),
         "experts": _expert_cells(),
+        "towers": _tower_cells(),
         "other settings": _other_settings(),
         "crossings": _crossings(),
         "refusals": _refusals(),
@@ -53,6 +55,14 @@ def _expert_cells() -> Rows:
     rows: Rows = [("layout", "processes", "settings", "held to"), ("---", "--:", "---", "---")]
     for name, (world_size, parallel) in EXPERT_LAYOUTS.items():
         held = "fp64, 1e-9" + "; fp32, 1e-5" * (name in QUICK)
+        rows.append((name, str(world_size), settings_of(parallel), held))
+    return rows
+
+
+def _tower_cells() -> Rows:
+    rows: Rows = [("layout", "processes", "settings", "held to"), ("---", "--:", "---", "---")]
+    for name, (world_size, parallel) in (LAYOUTS | EXPERT_LAYOUTS).items():
+        held = "fp64, 1e-9" + "; fp32, 1e-5" * (name in TOWERS_FP32)
         rows.append((name, str(world_size), settings_of(parallel), held))
     return rows
 
@@ -126,6 +136,9 @@ def test_ids() -> set[str]:
     ids |= {f"{FILE}::test_a_product_equals_one_process[{kinds}-{name}]" for kinds in FOURS for name in PRODUCTS}
     ids |= {f"{FILE}::test_other_settings_of_a_mixer[{k}-{e}-{name}]" for k, e in OTHERS for name in OTHER_LAYOUTS}
     ids |= {f"{FILES[1]}::test_experts_are_spread[{name}]" for name in EXPERT_LAYOUTS}
+    ids |= {f"{FILES[2]}::test_towers_of_two_mixers[{name}]" for name in LAYOUTS}
+    ids |= {f"{FILES[2]}::test_towers_with_experts[{name}]" for name in EXPERT_LAYOUTS}
+    ids |= {f"{FILES[2]}::test_towers_in_fp32[{name}]" for name in TOWERS_FP32}
     return ids
 
 

@@ -26,6 +26,7 @@ THREE = {"modalities": 3}
 SANDWICH = {"norm_position": "sandwich_out"}
 QUICK = ("fsdp2", "tp2", "pp2 zbv", "cp2 x fsdp2")
 QUICK_EXPERTS = ("ep2", "ep2 x cp2 x fsdp2")
+FP32 = ("tp2 x cp2", "pp2 x fsdp2", "tp2 x fsdp2")
 PARTS: dict[str, list[str]] = {
     "qkv": ["qkv"],
     "o": ["o"],
@@ -82,7 +83,7 @@ def test_ids_say_the_modality(pool: Pool, alone: Alone, name: str) -> None:
 
 
 @MATRIX
-@pytest.mark.parametrize("name", ["tp2 x cp2", "pp2 x fsdp2", "tp2 x fsdp2"])
+@pytest.mark.parametrize("name", FP32)
 def test_towers_in_fp32(pool: Pool, alone: Alone, name: str) -> None:
     compare(pool, alone, untied(name, precision="fp32"), name, "fp32")
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,10 @@ SIZES = {
     "gpt-8.3b": Size(lambda: gpt(72, 3072, 51200, 1024), 8.3e9, 2),
 }
 
+DENSE_SIZES = {"37m": 37e6, "94m": 94e6, "443m": 443e6, "880m": 881e6, "1.5b": 1.5e9, "7b": 7.0e9}
+"""Of a Mixture-of-Transformers, what a token runs through, as in the dense model beside it (arXiv 2411.04996, table 1
+has 880M for 880.9M)."""
+
 every_preset = pytest.mark.parametrize("name", SIZES)
 
 
@@ -146,6 +150,15 @@ def test_it_has_as_many_parameters_as_published(name: str) -> None:
         assert found == size.published
     else:
         assert rounded(found, size.digits) == pytest.approx(size.published)
+
+
+@pytest.mark.parametrize("name", DENSE_SIZES)
+def test_without_towers_it_is_the_published_dense_model(name: str) -> None:
+    untied = preset(f"mot-{name}").architecture
+    with torch.device("meta"):
+        dense = Model(replace(untied, untie=None))
+    found = sum(parameter.numel() for parameter in dense.parameters())
+    assert rounded(found, 3 if found < 1e9 else 2) == pytest.approx(DENSE_SIZES[name], rel=5e-3)
 
 
 def rounded(number: float, digits: int) -> float:
