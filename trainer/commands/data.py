@@ -23,6 +23,8 @@ class TokenizerArguments:
     """How many pieces it gets, exactly."""
     key: str = "text"
     """Where the text is in JSON lines and Parquet."""
+    parts: str | None = None
+    """Where documents of parts are in JSON lines: their texts are used."""
     sample_mb: int = 200
     """Of more text than this, evenly spaced lines are used."""
     skip_broken: bool = False
@@ -45,6 +47,10 @@ class PrepareArguments:
     """What a document is in a text file."""
     key: str = "text"
     """Where the text is in JSON lines and Parquet."""
+    parts: str | None = None
+    """Instead of --key: where documents of parts, text and images, are in JSON lines."""
+    image_codes: int | None = None
+    """How many codes the images in them are made of."""
     workers: int | None = None
     """Threads. Default: one per core. Their number does not change what is written."""
     skip_broken: bool = False
@@ -83,6 +89,7 @@ def tokenizer(argv: list[str]) -> int:
         arguments.out,
         arguments.vocab_size,
         key=arguments.key,
+        parts=arguments.parts,
         sample_mb=arguments.sample_mb,
         skip_broken=arguments.skip_broken,
         overwrite=arguments.overwrite,
@@ -95,21 +102,33 @@ def prepare(argv: list[str]) -> int:
     """`headway data prepare INPUT... --tokenizer TOK --out PREFIX`. Raises ValueError when it refuses."""
     arguments = _parse(PrepareArguments, argv, "prepare")
     from trainer.data.documents import ReadingOptions
+    from trainer.data.parts import configuration
     from trainer.data.prepare import prepare_dataset
 
     written = prepare_dataset(
         list(arguments.input),
         arguments.tokenizer,
         arguments.out,
-        reading=ReadingOptions(documents=arguments.documents, key=arguments.key),
+        reading=ReadingOptions(
+            documents=arguments.documents,
+            key=arguments.key,
+            parts=arguments.parts,
+            image_codes=arguments.image_codes,
+        ),
         workers=arguments.workers,
         skip_broken=arguments.skip_broken,
         overwrite=arguments.overwrite,
     )
+    column = written.get("modalities")
+    made_of = f"{written['bytes'] / written['tokens']:.2f} bytes per token"
+    if column:
+        made_of = ", ".join(f"{count:,} {name}" for name, count in zip(column["names"], column["tokens"], strict=True))
     print(
         f"{arguments.out}: {written['documents']:,} documents, {written['tokens']:,} tokens of {written['dtype']}, "
-        f"{written['bytes'] / written['tokens']:.2f} bytes per token."
+        f"{made_of}."
     )
+    if column:
+        print(f"For the configuration:\n\n{configuration(written)}\n")
     for kind, count in sorted(written["skipped"].items()):
         print(f"skipped {kind}: {count:,}")
     return 0
