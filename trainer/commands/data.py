@@ -1,4 +1,4 @@
-"""`headway data tokenizer | prepare | inspect`."""
+"""`headway data tokenizer | patches | prepare | inspect`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,34 @@ class TokenizerArguments:
     """Pass over what cannot be read instead of refusing."""
     overwrite: bool = False
     """Replace a tokenizer that is there."""
+
+
+@dataclass
+class PatchesArguments:
+    """Turn the images in documents of parts into codes: patches, each replaced by the nearest of those learned."""
+
+    input: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", name="input")]
+    """JSON lines, or a folder of them; an image is a path to a file, relative to them."""
+    out: str
+    """The JSON lines to write. What is learned goes beside them, into a folder that ends in .codebook."""
+    codes: int | None = None
+    """How many patches are learned."""
+    patch: int | None = None
+    """The side of a patch, in pixels."""
+    size: int | None = None
+    """Images are fitted into a square of this side; what is left over or transparent becomes white."""
+    gray: bool = False
+    """Without colour."""
+    codebook: str | None = None
+    """The folder of a codebook to use instead of learning one."""
+    parts: str = "parts"
+    """Where documents of parts are in JSON lines."""
+    seed: int = 0
+    """Of what learning begins with."""
+    skip_broken: bool = False
+    """Pass over what cannot be read, and count it, instead of refusing."""
+    overwrite: bool = False
+    """Replace what is there."""
 
 
 @dataclass
@@ -98,6 +126,39 @@ def tokenizer(argv: list[str]) -> int:
     return 0
 
 
+def patches(argv: list[str]) -> int:
+    """`headway data patches INPUT --out OUT.jsonl --codes K --patch P --size S`. Raises ValueError when it refuses."""
+    arguments = _parse(PatchesArguments, argv, "patches")
+    from trainer.data.quantise import quantise_images
+
+    written = quantise_images(
+        arguments.input,
+        arguments.out,
+        codes=arguments.codes,
+        patch=arguments.patch,
+        size=arguments.size,
+        grey=arguments.gray,
+        codebook=arguments.codebook,
+        key=arguments.parts,
+        seed=arguments.seed,
+        skip_broken=arguments.skip_broken,
+        overwrite=arguments.overwrite,
+    )
+    print(
+        f"{arguments.out}: {written['documents']:,} documents, {written['images']:,} images of {written['length']} "
+        f"codes, which decode to within {written['squared_error'] ** 0.5:.1f} of 255 levels (root of the mean square)."
+    )
+    print(f"The codebook is {written['codebook']}. `headway data prepare` takes them with:")
+    print(f"  --parts {arguments.parts} --image-codes {written['codes']}")
+    _print_skipped(written)
+    return 0
+
+
+def _print_skipped(written: dict[str, Any]) -> None:
+    for kind, count in sorted(written["skipped"].items()):
+        print(f"skipped {kind}: {count:,}")
+
+
 def prepare(argv: list[str]) -> int:
     """`headway data prepare INPUT... --tokenizer TOK --out PREFIX`. Raises ValueError when it refuses."""
     arguments = _parse(PrepareArguments, argv, "prepare")
@@ -129,8 +190,7 @@ def prepare(argv: list[str]) -> int:
     )
     if column:
         print(f"For the configuration:\n\n{configuration(written)}\n")
-    for kind, count in sorted(written["skipped"].items()):
-        print(f"skipped {kind}: {count:,}")
+    _print_skipped(written)
     return 0
 
 

@@ -41,9 +41,10 @@ def prepare_dataset(
     """Tokenise documents and write `out`.bin, .idx, .json and .tokenizer/. Returns the content of the `.json`.
 
     One sequence per document, each with the end token behind it; uint16 where the vocabulary fits, else int32. With
-    `reading.image_codes`, documents are text and images, numbered as `trainer.data.parts` says, and get `out`.modalities
-    too. Everything is written under partial names. The `.idx` gets its final name last, and with `overwrite` loses it
-    first, and no reader takes a prefix without it: so a set that is complete by its names is complete.
+    `reading.image_codes`, documents are text and images, numbered as `trainer.data.parts` says, and there is an
+    `out`.modalities too. Everything is written under partial names. The `.idx` gets its final name last, and with
+    `overwrite` loses it first, and no reader takes a prefix without it: so a set that is complete by its names is
+    complete.
 
     Raises ValueError with every fault found: broken input by file and line, a prefix that exists, a bad tokenizer.
     """
