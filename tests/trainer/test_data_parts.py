@@ -391,6 +391,11 @@ def test_each_modality_that_is_not_in_the_training_data_is_named(prefix: str, tm
         )
 
 
+def test_a_sidecar_does_not_count_for_other_ranges(prefix: str):
+    swept = UntieConfig(2, ranges=[[0, V + K + 2], [V + K + 2, V + K + 4]])
+    only(unseen_modalities(config(prefix), swept), f'untie: no token of "1" .ids {V + K + 2} to {V + K + 3}. among')
+
+
 def test_the_tokens_are_looked_at_where_sidecars_do_not_count_them(folder: Path, prefix: str, tmp_path: Path):
     texts = [[{"text": "rain"}]] * 30
     lines = write_lines(tmp_path / "t.jsonl", [*texts, *documents(20, seed=4)])

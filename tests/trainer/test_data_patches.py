@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trainer.commands import data as commands
-from trainer.data.patches import CODES, SETTINGS, Codebook, read_image
+from trainer.data.patches import CODES, SETTINGS, Codebook, _plus_plus, read_image
 from trainer.data.quantise import quantise_images
 
 
@@ -95,12 +95,19 @@ def test_learning_does_not_depend_on_threads_but_on_the_seed():
 
 def test_no_code_is_left_without_a_patch(monkeypatch: pytest.MonkeyPatch):
     """Begun from centres to which nothing is near, they move to where patches are."""
-    images = pictures(30)
-    away = torch.full((6, 16), 255, dtype=torch.uint8)
-    away[0] = 0
+    images = pictures(30) // 4 + 100
+    away = torch.zeros((6, 16), dtype=torch.uint8)
     monkeypatch.setattr("trainer.data.patches._plus_plus", lambda *_: away)
     book = Codebook.learn(images, codes=6, patch=4)
     assert len(torch.unique(book.encode(images))) == 6
+
+
+def test_what_is_rare_is_begun_from_too():
+    """Points that are alike are not drawn twice, however many they are."""
+    images = np.zeros((200, 4, 4, 1), dtype=np.uint8)
+    images[:3, 1] = np.array([50, 120, 255])[:, None, None]
+    begun = _plus_plus(torch.from_numpy(images).flatten(1), 4, np.random.default_rng(0))
+    assert sorted(begun.amax(1).tolist()) == [0, 50, 120, 255]
 
 
 def test_only_some_patches_are_learned_from_when_there_are_many(monkeypatch: pytest.MonkeyPatch):
