@@ -6,13 +6,17 @@ import itertools
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from model.untie import UntieConfig
+from trainer.cli import main
 from trainer.commands import data as commands
+from trainer.data.evaluation import EvaluationData
 from trainer.data.patches import CODES, SETTINGS, Codebook, _plus_plus, read_image
 from trainer.data.quantise import quantise_images
 
@@ -273,3 +277,25 @@ def test_broken_lines_and_images_are_named_or_counted(tmp_path: Path):
         quantise_images(source, out, **{**settings, "codes": 5}, overwrite=True)
     assert not os.path.exists(out) and (tmp_path / "out.codebook" / CODES).read_bytes() == before
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_from_files_to_batches(tmp_path: Path, capsys):
+    """Each command in its turn; what a batch holds decodes to the pictures that were there."""
+    images = pictures(30)
+    names = write_images(tmp_path, images)
+    documents = [{"parts": [{"text": f"picture {n}"}, {"image": name}]} for n, name in enumerate(names)]
+    source, codes, tokenizer, prefix = (str(tmp_path / name) for name in ("in.jsonl", "codes.jsonl", "TOK", "set"))
+    write_lines(tmp_path / "in.jsonl", documents)
+    for command in [
+        ["patches", source, "--out", codes, "--codes", "20", "--patch", "4", "--size", "12", "--gray"],
+        ["tokenizer", codes, "--out", tokenizer, "--vocab-size", "280", "--parts", "parts"],
+        ["prepare", codes, "--tokenizer", tokenizer, "--out", prefix, "--parts", "parts", "--image-codes", "20"],
+    ]:
+        assert main(["data", *command]) == 0, capsys.readouterr().err
+    tables = tomllib.loads(capsys.readouterr().out.partition("For the configuration:")[2])
+    untie, book = UntieConfig(**tables["untie"]), Codebook.load(tmp_path / "codes.codebook")
+    data = EvaluationData(prefix, seq_len=1000, untie=untie)
+    batch = data.batch(0, range(1), 1)
+    found = batch.tokens[batch.modalities == 1] - 280
+    assert torch.equal(book.decode(found.unflatten(0, (30, 9))), book.decode(book.encode(images)))
+    assert error(book, images) < images.var() / 4

@@ -153,8 +153,8 @@ def unseen_modalities(config: DataConfig, untie: UntieConfig) -> list[str]:
         for start, stop in _blocks(stretch, share):
             if seen.all():
                 return []
-            present = np.unique(modalities.within(start, stop))
-            seen[present[present < untie.modalities]] = True
+            counts_of_block = np.bincount(modalities.within(start, stop), minlength=untie.modalities)
+            seen |= counts_of_block[: untie.modalities] > 0
             looked_at += stop - start
     return [_unseen(untie, number, looked_at, total) for number in np.flatnonzero(~seen).tolist()]
 
