@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from moh_smollm2 import modules
 from recording import append
-from smollm2 import run, score, stay_in_this_environment
+from smollm2 import run, score, stay_in_this_environment, unpacked
 
 from launch.quickstart import TEXTS, fetch_corpus
 from model.files import new_folder
@@ -68,12 +68,7 @@ Found = dict[str, Any]
 
 def dictionary(work: Path, size: int) -> Iterator[str]:
     """Pieces of GCIDE, from its middle."""
-    packages = work / "packages"
-    packages.mkdir(exist_ok=True)
-    if not list(packages.glob("*.deb")):
-        run("apt-get", "download", "--quiet", PACKAGE, cwd=packages)
-        run("dpkg-deb", "-x", str(next(packages.glob("*.deb"))), str(packages / "root"))
-    content = gzip.decompress((packages / "root/usr/share/dictd/gcide.dict.dz").read_bytes())
+    content = gzip.decompress((unpacked((PACKAGE,), work) / "usr/share/dictd/gcide.dict.dz").read_bytes())
     text = content.decode(errors="replace")
     start = (len(text) - size) // 2
     return (text[at : at + PIECE] for at in range(start, start + size, PIECE))

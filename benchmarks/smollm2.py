@@ -129,20 +129,27 @@ def take_sample(text: Text, work: Path, tokens: int, name: str, tokenizer: Path 
     """
     from transformers import AutoTokenizer
 
-    sample, packages = work / "samples" / f"{name}.txt", work / "packages"
+    sample = work / "samples" / f"{name}.txt"
     if not sample.exists():
-        packages.mkdir(exist_ok=True)
-        for package in text.packages:
-            if not list(packages.glob(f"{package}_*.deb")):
-                run("apt-get", "download", "--quiet", package, cwd=packages)
-            run("dpkg-deb", "-x", str(next(packages.glob(f"{package}_*.deb"))), str(work / "root"))
-        whole = text.read(work / "root")
+        whole = text.read(unpacked(text.packages, work))
         start = len(whole) // 2 if text.start is None else text.start
         words = AutoTokenizer.from_pretrained(tokenizer or work / "hf")
         ids = words(whole[start : start + 12 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
         sample.parent.mkdir(exist_ok=True)
         sample.write_text(words.decode(ids[:tokens], clean_up_tokenization_spaces=False))
     return sample
+
+
+def unpacked(packages: tuple[str, ...], work: Path) -> Path:
+    """The folder in `work` where files of Debian packages lie as they would under `/`: fetched and unpacked, not
+    installed. Raises OSError or CalledProcessError where apt cannot fetch them."""
+    fetched = work / "packages"
+    fetched.mkdir(parents=True, exist_ok=True)
+    for package in packages:
+        if not list(fetched.glob(f"{package}_*.deb")):
+            run("apt-get", "download", "--quiet", package, cwd=fetched)
+        run("dpkg-deb", "-x", str(next(fetched.glob(f"{package}_*.deb"))), str(work / "root"))
+    return work / "root"
 
 
 def prepare(source: Path, work: Path, tokenizer: Path | None = None) -> str:

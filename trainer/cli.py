@@ -14,6 +14,7 @@ REFUSED, FAILED = 2, 70
 
 COMMANDS = {
     "data tokenizer": ("trainer.commands.data:tokenizer", "train a SentencePiece tokenizer"),
+    "data patches": ("trainer.commands.data:patches", "images in jsonl -> lists of codes, and a codebook"),
     "data prepare": ("trainer.commands.data:prepare", "text, jsonl, parquet -> PREFIX.bin/.idx"),
     "data inspect": ("trainer.commands.data:inspect", "what a dataset holds"),
     "train": ("trainer.commands.train:train", "train; resumes by itself"),

@@ -16,10 +16,12 @@ from model.config import Architecture, ModelConfig
 from model.reparam import ReparamConfig, reparam_faults
 from model.settings import architecture_tables, build, build_architecture, without_none
 from model.stack import Model
+from model.untie import UntieConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
+from trainer.data.modalities import unseen_modalities
 from trainer.metrics import MetricsConfig
 from trainer.objective import ObjectiveConfig
 
@@ -231,11 +233,15 @@ def config_from_tables(
     world_size = process.world_size if process is not None else world_size
     if world_size is not None:
         faults += _layout_faults(sections, architecture, world_size)
-    in_files = _file_faults(sections["data"], model) if process is not None and process.is_first else []
+    looks_at_files = process is not None and process.is_first
+    untie = None if architecture is None else architecture.untie
+    in_files = _file_faults(sections["data"], model, untie) if looks_at_files else []
     if faults or in_files:
         raise Refused(faults + in_files, seen_by_all=bool(faults))
     config = Config(architecture=architecture, **sections)  # type: ignore[arg-type]
     _clip_warmup(config)
+    if looks_at_files and untie is not None:
+        config.warnings += unseen_modalities(config.data, untie)
     return config
 
 
@@ -404,12 +410,12 @@ def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, 
     return layout_faults(parallel, world_size, architecture, **shape, compiled=compiled) + unbuilt_faults(parallel)
 
 
-def _file_faults(data: DataConfig | None, model: ModelConfig | None) -> list[str]:
+def _file_faults(data: DataConfig | None, model: ModelConfig | None, untie: UntieConfig | None) -> list[str]:
     from trainer.data.check import check_sources
 
     if data is None or data.faults():
         return []
-    return check_sources(data, None if model is None or model.vocab_size < 1 else model.vocab_size)
+    return check_sources(data, None if model is None or model.vocab_size < 1 else model.vocab_size, untie)
 
 
 def _optimizer_faults(optimizer: OptimizerConfig) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.config import ModelConfig
+from model.config import Architecture
 from model.diagnostics import Diagnosis, Numbers, Tally, probed
 from model.hf.loading import load_source
 from model.hf.source import Source, open_model
@@ -28,7 +28,8 @@ from trainer.ngram import NgramBaselines
 
 @dataclass
 class Score:
-    """A sum over counted tokens. `text_bytes` are the UTF-8 bytes behind them; None without a tokenizer."""
+    """A sum over counted tokens. `text_bytes` are the UTF-8 bytes behind them; None without a tokenizer, or when not
+    all of them are text."""
 
     name: str
     nats: float
@@ -36,7 +37,7 @@ class Score:
     text_bytes: int | None
 
     def row(self) -> dict[str, Any]:
-        """What is shown and stored. Loss in nats per token; bits per byte is null without a tokenizer."""
+        """What is shown and stored. Loss in nats per token; bits per byte is null without `text_bytes`."""
         loss = self.nats / max(self.tokens, 1)
         bits = self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
         perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -77,15 +78,16 @@ def evaluate(
         ValueError: a dataset that cannot be read, or was made with another tokenizer than the model's.
     """
     source = open_model(path)
-    shape = source.architecture(allow_code=allow_code).model
-    trained_on, config = _data_config(source, prefixes, seq_len, shape)
+    architecture = source.architecture(allow_code=allow_code)
+    trained_on, config = _data_config(source, prefixes, seq_len, architecture)
     if baselines and not trained_on.train:
         raise ValueError(
             f"{source.folder} names no training data, so there is nothing to count: leave --baselines out."
         )
     model = load_source(source, device=device, allow_code=allow_code)
     tokenizer = load_tokenizer(source.tokenizer) if source.tokenizer is not None else None
-    sources = validation_sets(config, vocab_size=shape.vocab_size)
+    vocab_size = architecture.model.vocab_size
+    sources = validation_sets(config, vocab_size=vocab_size, untie=architecture.untie)
     scores = [
         _score(name, model, data, _text_bytes(data, tokenizer, config), batch_size) for name, data in sources.items()
     ]
@@ -94,14 +96,14 @@ def evaluate(
     if baselines:
         if tokenizer is None and (recorded := recorded_tokenizer(trained_on.training_sources()[0].path)):
             tokenizer = load_tokenizer(recorded)
-        counted = NgramBaselines.count(training_documents(trained_on), shape.vocab_size)
+        counted = NgramBaselines.count(training_documents(trained_on), vocab_size)
         text_bytes = [_text_bytes(data, tokenizer, config) for data in sources.values()]
         scores += _baseline_scores(counted, list(sources.values()), text_bytes, batch_size)
     return scores
 
 
 def _data_config(
-    source: Source, prefixes: list[str], seq_len: int | None, model: ModelConfig
+    source: Source, prefixes: list[str], seq_len: int | None, architecture: Architecture
 ) -> tuple[DataConfig, DataConfig]:
     """The data that MODEL was trained on, and what it is scored on.
 
@@ -112,6 +114,7 @@ def _data_config(
     trained_on = build(DataConfig, "data", source.tables.get("data", {}), faults)
     if trained_on is None:
         raise ValueError(" ".join(faults))
+    model = architecture.model
     longest = model.max_positions or trained_on.seq_len
     if seq_len is not None and model.positions == "learned" and seq_len > longest:
         raise ValueError(f"--seq-len {seq_len} is more than the {longest} positions that this model has learned.")
@@ -120,7 +123,7 @@ def _data_config(
         config = replace(config, train=list(prefixes), validation=list(prefixes), split=None)
         if source.tokenizer is not None:
             config = replace(config, tokenizer=str(source.tokenizer))
-        if faults := check_sources(replace(config, seq_len=1), model.vocab_size):
+        if faults := check_sources(replace(config, seq_len=1), model.vocab_size, architecture.untie):
             raise ValueError("\n".join(faults))
     elif not (config.validation or config.split):
         raise ValueError(f"{source.folder} has no validation data of its own: give --data PREFIX.")
@@ -160,8 +163,8 @@ def diagnose(
     """
     source = open_model(path)
     shape = source.architecture(allow_code=allow_code)
-    _, config = _data_config(source, prefixes, seq_len, shape.model)
-    sources = validation_sets(config, vocab_size=shape.model.vocab_size)
+    _, config = _data_config(source, prefixes, seq_len, shape)
+    sources = validation_sets(config, vocab_size=shape.model.vocab_size, untie=shape.untie)
     for name, data in sources.items():
         if data.tokens <= config.seq_len:
             raise ValueError(

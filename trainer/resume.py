@@ -42,12 +42,10 @@ def make_plan(config: Config, process: Process) -> Plan:
     Raises:
         Refused: everything that stands against this start, at once.
     """
-    from trainer.data.fingerprint import fingerprint
-
     run_dir = Path(config.run.dir)
     plan = Plan(precision=config.run.precision or ("bf16" if process.device_type == "cuda" else "fp32"))
     plan.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
-    plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
+    plan.fingerprint = _fingerprint(config)
     faults = _choose_start(config, run_dir, plan)
     if plan.resume_from is not None:
         faults += _resume_faults(config, plan)
@@ -57,6 +55,13 @@ def make_plan(config: Config, process: Process) -> Plan:
         raise Refused(faults, seen_by_all=False)
     plan.samples = config.samples
     return plan
+
+
+def _fingerprint(config: Config) -> dict[str, Any]:
+    from trainer.data.fingerprint import fingerprint
+
+    untie = config.architecture.untie
+    return fingerprint(config.data, seed=config.run.seed, samples=config.samples, untie=untie)
 
 
 def _choose_start(config: Config, run_dir: Path, plan: Plan) -> list[str]:
@@ -95,7 +100,7 @@ def _restarted() -> bool:
 
 def _resume_faults(config: Config, plan: Plan) -> list[str]:
     """How the checkpoint's configuration and data differ from this run's, where they must not."""
-    from trainer.data.fingerprint import fingerprint, fingerprint_differences
+    from trainer.data.fingerprint import fingerprint_differences
 
     assert plan.resume_from is not None
     manifest = read_manifest(plan.resume_from)
@@ -136,7 +141,7 @@ def _resume_faults(config: Config, plan: Plan) -> list[str]:
         for key, (was, now) in changes.items()
         if (key != "data.samples" or needed <= samples) and not key.endswith(".group_order")
     ]
-    plan.fingerprint = fingerprint(config.data, seed=config.run.seed, samples=config.samples)
+    plan.fingerprint = _fingerprint(config)
     if not any(entry.startswith("data") for entry in allowed):
         faults += fingerprint_differences(manifest["data"], plan.fingerprint)
     return faults

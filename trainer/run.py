@@ -137,6 +137,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         samples=config.samples,
         cache_dir=plan.cache_dir,
         vocab_size=config.model.vocab_size,
+        untie=config.architecture.untie,
     )
     validation = _validation(config, objective, rows, stop)
     checkpoints = CheckpointWriter(
@@ -230,7 +231,7 @@ def _validation(config: Config, objective: Any, rows: range, stop: StopRequest) 
     if config.data.validate_every_steps == 0:
         return None
     return Validation(
-        validation_sets(config.data, vocab_size=config.model.vocab_size),
+        validation_sets(config.data, vocab_size=config.model.vocab_size, untie=config.architecture.untie),
         objective,
         every_steps=config.data.validate_every_steps,
         last_step=config.schedule.steps,

@@ -37,6 +37,7 @@ def generate(argv: list[str]) -> int:
     from model.decoding import Sampling, decode
     from model.hf.loading import load_source
     from model.hf.source import open_model
+    from trainer.data.parts import readable
     from trainer.data.tokenizer import load_tokenizer
 
     faults = [
@@ -63,5 +64,5 @@ def generate(argv: list[str]) -> int:
     for index, (prompt, ids) in enumerate(zip(arguments.prompt, continuations, strict=True)):
         if index:
             print("-" * 40)
-        print(prompt + tokenizer.decode(ids))
+        print(prompt + readable(tokenizer, ids))
     return 0

@@ -10,10 +10,18 @@ if TYPE_CHECKING:
     from model.batch import Batch
 
 
-def assemble(tokens: np.ndarray, targets: np.ndarray, counted: np.ndarray, pieces: np.ndarray, isolate: bool) -> Batch:
+def assemble(
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    counted: np.ndarray,
+    pieces: np.ndarray,
+    isolate: bool,
+    modalities: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Batch:
     """A Batch from int64 arrays [B, N] and bool `counted` [B, N].
 
     `pieces`: a number per token that changes exactly where another document begins, non-decreasing along N.
+    `modalities`: of the tokens and of the targets, where they are told apart.
     """
     import torch
 
@@ -31,6 +39,8 @@ def assemble(tokens: np.ndarray, targets: np.ndarray, counted: np.ndarray, piece
         counted=torch.from_numpy(np.ascontiguousarray(counted)),
         documents=torch.from_numpy(documents) if isolate else None,
         positions=torch.from_numpy(np.ascontiguousarray(positions)),
+        modalities=None if modalities is None else torch.from_numpy(np.ascontiguousarray(modalities[0])),
+        target_modalities=None if modalities is None else torch.from_numpy(np.ascontiguousarray(modalities[1])),
     )
 
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.data.config import DataConfig
 from trainer.data.indexed import TokenFile, open_pair, pair_faults
+from trainer.data.modalities import column_faults
 from trainer.data.sidecar import read_sidecar
 from trainer.data.split import split_ranges, training_range
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.training import too_short
 
+if TYPE_CHECKING:
+    from model.untie import UntieConfig
+
 # Up to here a .bin is scanned for ids; beyond, every sample is checked when it is read.
 LARGEST_SCAN_BYTES = 2 << 30
 
 
-def check_sources(config: DataConfig, vocab_size: int | None = None) -> list[str]:
+def check_sources(config: DataConfig, vocab_size: int | None = None, untie: UntieConfig | None = None) -> list[str]:
     """Every fault of the files that `config` names, one sentence each; empty when there is none.
 
     Missing, empty, damaged or cut files; a sidecar that belongs to other files; ids outside [0, vocab_size), by
-    document and place (not looked for when it is None); another tokenizer than the data was made with; a split that
-    leaves nothing to train or to validate on; too few tokens for one sample. Reads headers, and all tokens only where
-    no sidecar says what they are and they take no more than 2 GiB. Imports neither torch nor megatron-core.
+    document and place (not looked for when it is None); another tokenizer than the data was made with, or other codes
+    of images; a split that leaves nothing to train or to validate on; too few tokens for one sample; with `untie`, what
+    keeps the data from saying which modality its tokens are of. Reads headers, and all tokens only where no sidecar
+    says what they are and they take no more than 2 GiB. Imports neither torch nor megatron-core.
     """
     faults: list[str] = []
     sidecars: dict[str, dict[str, Any]] = {}
@@ -33,9 +38,9 @@ def check_sources(config: DataConfig, vocab_size: int | None = None) -> list[str
             found = pair_faults(source.path)
             if not found:
                 data = open_pair(source.path)
-                found = _length_faults(config, key, data) + _content_faults(data, vocab_size, sidecars)
+                found = _length_faults(config, key, data) + _content_faults(data, vocab_size, sidecars, untie)
             faults += [f"data.{key}: {fault}" for fault in found]
-    faults += _tokenizer_faults(config, sidecars)
+    faults += _tokenizer_faults(config, sidecars) + _code_faults(sidecars)
     if config.end_token is not None and vocab_size is not None and config.end_token >= vocab_size:
         faults.append(f"data.end_token = {config.end_token}: outside the model's vocabulary of {vocab_size}.")
     return list(dict.fromkeys(faults))
@@ -70,8 +75,11 @@ def _tokens_in(data: TokenFile, documents: range) -> int:
     return int(data.lengths[documents.start : documents.stop].sum(dtype=np.int64))
 
 
-def _content_faults(data: TokenFile, vocab_size: int | None, sidecars: dict[str, dict[str, Any]]) -> list[str]:
-    """Does the sidecar describe these files, and do their ids fit the vocabulary? Notes a good sidecar."""
+def _content_faults(
+    data: TokenFile, vocab_size: int | None, sidecars: dict[str, dict[str, Any]], untie: UntieConfig | None
+) -> list[str]:
+    """Does the sidecar describe these files, do ids fit the vocabulary, and are modalities known? Notes a good
+    sidecar."""
     try:
         sidecar = read_sidecar(data.prefix)
     except ValueError as fault:
@@ -86,7 +94,8 @@ def _content_faults(data: TokenFile, vocab_size: int | None, sidecars: dict[str,
         if faults:
             return faults
         sidecars[data.prefix] = sidecar
-    return [] if vocab_size is None else _id_faults(data, vocab_size, sidecar)
+    faults = [] if vocab_size is None else _id_faults(data, vocab_size, sidecar)
+    return faults + ([] if untie is None else column_faults(data, untie))
 
 
 def _id_faults(data: TokenFile, vocab_size: int, sidecar: dict[str, Any] | None) -> list[str]:
@@ -128,3 +137,15 @@ def _tokenizer_faults(config: DataConfig, sidecars: dict[str, dict[str, Any]]) -
         return []
     listed = ", ".join(f"{prefix} ({had[:12]})" for prefix, had in made_with.items())
     return [f"data: the sources were made with different tokenizers: {listed}; prepare them with one."]
+
+
+def _code_faults(sidecars: dict[str, dict[str, Any]]) -> list[str]:
+    """Do the codes of images have the same ids everywhere?"""
+    ranges = {prefix: found["modalities"]["ranges"] for prefix, found in sidecars.items() if found.get("modalities")}
+    if all(found == next(iter(ranges.values())) for found in ranges.values()):
+        return []
+    listed = ", ".join(f"{prefix} ({found})" for prefix, found in ranges.items())
+    return [
+        f"data: the sources number their modalities differently: {listed}; prepare them with one tokenizer and one "
+        "--image-codes."
+    ]

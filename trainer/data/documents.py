@@ -12,7 +12,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Literal
+from typing import IO, Any, Literal
+
+from trainer.data.parts import Part, read_parts
 
 TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -27,6 +29,24 @@ class ReadingOptions:
 
     documents: Literal["file", "paragraph", "line"] = "file"
     key: str = "text"
+    parts: str | None = None
+    """Instead of `key`: where documents of parts are in JSON lines."""
+    image_codes: int | None = None
+    """How many codes images in them are made of."""
+
+    def faults(self) -> list[str]:
+        """Which options do not go together, one sentence each."""
+        if self.image_codes is None:
+            return []
+        faults = []
+        if self.image_codes < 1:
+            faults.append(f"--image-codes {self.image_codes}: must be positive; for example 256.")
+        if self.parts is None:
+            faults.append(
+                f"--image-codes {self.image_codes}: only documents of parts have images; name their key with --parts, "
+                "for example --parts parts."
+            )
+        return faults
 
 
 @dataclass
@@ -80,22 +100,41 @@ def find_inputs(inputs: list[str]) -> list[str]:
     return files
 
 
-def read_documents(files: list[str], options: ReadingOptions, problems: Problems) -> Iterator[str]:
-    """The documents of the files, in order, none of them empty. What cannot be read goes to `problems`."""
+def read_documents(files: list[str], options: ReadingOptions, problems: Problems) -> Iterator[list[Part]]:
+    """The documents of the files, in order, none of them empty: a text alone, or parts. What cannot be read goes to
+    `problems`."""
     for file in files:
-        reader = {"text": _read_text, "json": _read_json_lines, "parquet": _read_parquet}[_kind(file)]
         count = 0
         before = len(problems.listed) + problems.skipped.total()
-        for place, text in reader(file, options, problems):
+        for place, document in _read(file, options, problems):
             count += 1
-            if not text.strip():
+            if not any(not isinstance(part, str) or part.strip() for part in document):
                 problems.add("empty", f"{place}: the document is empty.")
-            elif _is_utf8(text):
-                yield text
+            elif all(_is_utf8(part) for part in texts(document)):
+                yield document
             else:
                 problems.add("invalid_utf8", f"{place}: holds half of a surrogate pair, which UTF-8 cannot write.")
         if count == 0 and before == len(problems.listed) + problems.skipped.total():
             problems.add("empty", f"{file}: the file is empty.")
+
+
+def texts(document: list[Part]) -> Iterator[str]:
+    """The texts among the parts of a document."""
+    return (part for part in document if isinstance(part, str))
+
+
+def _read(file: str, options: ReadingOptions, problems: Problems) -> Iterator[tuple[str, list[Part]]]:
+    """(place, document), of a file of any kind."""
+    kind = _kind(file)
+    if options.parts is not None:
+        if kind == "json":
+            yield from _read_parts(file, options.parts, options.image_codes, problems)
+        else:
+            problems.add("unreadable", f"{file}: documents of parts (--parts) are read from JSON lines alone.")
+        return
+    reader = {"text": _read_text, "json": _read_json_lines, "parquet": _read_parquet}[kind]
+    for place, text in reader(file, options, problems):
+        yield place, [text]
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -168,8 +207,8 @@ def _paragraphs(file: str, problems: Problems) -> Iterator[tuple[str, str]]:
         yield f"{file}, line {start}", "".join(lines).rstrip("\r\n")
 
 
-def _read_json_lines(file: str, options: ReadingOptions, problems: Problems) -> Iterator[tuple[str, str]]:
-    """(place, text under the key) for a file with one JSON object a line."""
+def json_objects(file: str, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) for a file with one JSON object a line; blank lines are passed over."""
     for number, line in _numbered_lines(file, problems):
         place = f"{file}, line {number}"
         if not line.strip():
@@ -181,16 +220,40 @@ def _read_json_lines(file: str, options: ReadingOptions, problems: Problems) -> 
                 "broken_json", f"{place}: not JSON ({getattr(fault, 'msg', fault)}); expected one object a line."
             )
             continue
-        if not isinstance(entry, dict):
+        if isinstance(entry, dict):
+            yield place, entry
+        else:
             problems.add("broken_json", f"{place}: expected a JSON object and found {type(entry).__name__}.")
-        elif options.key not in entry:
+
+
+def under_key(file: str, key: str, option: str, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) for those JSON lines that have the key, which `option` has named."""
+    for place, entry in json_objects(file, problems):
+        if key in entry:
+            yield place, entry
+        else:
             found = ", ".join(sorted(entry)[:8]) or "none"
-            problems.add("missing_key", f"{place}: no key {options.key!r}; its keys are {found} (choose with --key).")
-        elif not isinstance(entry[options.key], str):
+            problems.add("missing_key", f"{place}: no key {key!r}; its keys are {found} (choose with {option}).")
+
+
+def _read_json_lines(file: str, options: ReadingOptions, problems: Problems) -> Iterator[tuple[str, str]]:
+    """(place, text under the key) for a file with one JSON object a line."""
+    for place, entry in under_key(file, options.key, "--key", problems):
+        if isinstance(entry[options.key], str):
+            yield place, entry[options.key]
+        else:
             kind = type(entry[options.key]).__name__
             problems.add("missing_key", f"{place}: the value of {options.key!r} is no text but {kind}.")
+
+
+def _read_parts(file: str, key: str, image_codes: int | None, problems: Problems) -> Iterator[tuple[str, list[Part]]]:
+    """(place, parts under the key) for a file with one JSON object a line."""
+    for place, entry in under_key(file, key, "--parts", problems):
+        parts, faults = read_parts(entry[key], image_codes)
+        if faults:
+            problems.add("broken_parts", f"{place}: {'; '.join(faults)}.")
         else:
-            yield place, entry[options.key]
+            yield place, parts
 
 
 def _read_parquet(file: str, options: ReadingOptions, problems: Problems) -> Iterator[tuple[str, str]]:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.files import file_sha256
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import open_pair
+from trainer.data.modalities import COLUMN, column_faults
+
+if TYPE_CHECKING:
+    from model.untie import UntieConfig
 
 BLOCKS = 64
 BLOCK_BYTES = 1 << 16
 
 
-def fingerprint(config: DataConfig, *, seed: int, samples: int) -> dict[str, Any]:
+def fingerprint(config: DataConfig, *, seed: int, samples: int, untie: UntieConfig | None = None) -> dict[str, Any]:
     """A JSON-able description of the data of a run; equal for data that was moved but is the same.
 
     Of every source: the last part of its prefix, its weight, the SHA-256 of its `.idx`, the size of its `.bin` and the
-    SHA-256 of 64 evenly spaced blocks of it. Beside them: seq_len, seed, samples, split.
+    SHA-256 of 64 evenly spaced blocks of it; the same of its column of modalities, where `untie` takes them from there.
+    Beside them: seq_len, seed, samples, split.
     Raises ValueError when a source cannot be read.
     """
     return {
-        "train": [_source(source) for source in config.training_sources()],
-        "validation": [_source(source) for source in config.validation_sources()],
+        "train": [_source(source, untie) for source in config.training_sources()],
+        "validation": [_source(source, untie) for source in config.validation_sources()],
         "seq_len": config.seq_len,
         "seed": seed,
         "samples": samples,
@@ -49,14 +54,18 @@ def fingerprint_differences(old: dict[str, Any], new: dict[str, Any]) -> list[st
     return differences
 
 
-def _source(source: DataSource) -> dict[str, Any]:
-    open_pair(source.path)
+def _source(source: DataSource, untie: UntieConfig | None) -> dict[str, Any]:
+    data = open_pair(source.path)
+    column = {}
+    if untie is not None and not untie.by_ids and not column_faults(data, untie):
+        column = {"modalities_blocks_sha256": _blocks_sha256(source.path + COLUMN)}
     return {
         "name": os.path.basename(source.path),
         "weight": float(source.weight),
         "idx_sha256": file_sha256(source.path + ".idx"),
         "bin_bytes": os.path.getsize(source.path + ".bin"),
         "bin_blocks_sha256": _blocks_sha256(source.path + ".bin"),
+        **column,
     }
 
 
@@ -85,4 +94,7 @@ def _source_differences(key: str, old: dict[str, Any], new: dict[str, Any]) -> l
         differences.append(f"{key} {new['name']}: its .bin has the same size but other tokens.")
     if old["idx_sha256"] != new["idx_sha256"]:
         differences.append(f"{key} {new['name']}: its .idx differs, so its documents are cut elsewhere.")
+    columns = [side.get("modalities_blocks_sha256") for side in (old, new)]
+    if None not in columns and columns[0] != columns[1]:
+        differences.append(f"{key} {new['name']}: its column of modalities differs.")
     return differences

@@ -5,20 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-
-class Piece(NamedTuple):
-    """A run of tokens of a sample: from `offset` of a document."""
-
-    document: int
-    offset: int
-    length: int
+from trainer.data.indexed import Piece
 
 
 class PackedDocuments(GPTDataset):

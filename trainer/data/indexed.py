@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,14 @@ HEADER = struct.Struct("<QBQQ")
 HEADER_BYTES = len(MAGIC) + HEADER.size
 TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CHUNK_TOKENS = 1 << 24
+
+
+class Piece(NamedTuple):
+    """A run of tokens of a sample: from `offset` of a document."""
+
+    document: int
+    offset: int
+    length: int
 
 
 @dataclass

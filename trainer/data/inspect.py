@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.indexed import TokenFile, open_pair
+from trainer.data.parts import readable
 from trainer.data.sidecar import read_sidecar, recorded_tokenizer
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -22,8 +23,9 @@ def inspect_dataset(
     """Describe the dataset at a prefix, from a scan of all its tokens.
 
     Keys: prefix, documents, tokens, dtype, max_token, length_quantiles, groups (document boundaries, where they are
-    not one per sequence), bytes_per_token, end_token, end_with_end_token (documents that do), tokenizer, vocab_size,
-    sidecar (bool), skipped, first_lines. What is not known is None.
+    not one per sequence), modalities (tokens of each, by name, where there are images), bytes_per_token (of text, where
+    there is nothing else), end_token, end_with_end_token (documents that do), tokenizer, vocab_size, sidecar (bool),
+    skipped, first_lines. What is not known is None.
 
     Raises ValueError when the files are missing, broken or empty.
     """
@@ -32,6 +34,7 @@ def inspect_dataset(
     path = tokenizer or recorded_tokenizer(prefix)
     loaded = load_tokenizer(path) if path else None
     known_end = _end_token(end_token, sidecar, loaded)
+    column = (sidecar or {}).get("modalities")
     return {
         "prefix": prefix,
         "documents": data.documents,
@@ -40,14 +43,15 @@ def inspect_dataset(
         "max_token": data.largest(),
         "length_quantiles": {str(q): float(np.quantile(data.lengths, q)) for q in QUANTILES},
         "groups": None if data.groups == data.documents else data.groups,
-        "bytes_per_token": sidecar["bytes"] / sidecar["tokens"] if sidecar else None,
+        "modalities": dict(zip(column["names"], column["tokens"], strict=True)) if column else None,
+        "bytes_per_token": sidecar["bytes"] / sidecar["tokens"] if sidecar and not column else None,
         "end_token": known_end,
         "end_with_end_token": None if known_end is None else _ending_with(data, known_end),
         "tokenizer": path,
-        "vocab_size": loaded.vocab_size if loaded else (sidecar or {}).get("vocab_size"),
+        "vocab_size": loaded.vocab_size if loaded and not column else (sidecar or {}).get("vocab_size"),
         "sidecar": sidecar is not None,
         "skipped": (sidecar or {}).get("skipped"),
-        "first_lines": list(_first_lines(data, loaded, show)) if loaded else None,
+        "first_lines": list(_first_lines(data, loaded, show, of_parts=column is not None)) if loaded else None,
     }
 
 
@@ -61,6 +65,8 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if found["groups"] is not None:
         lines.append(f"  boundaries       {found['groups']:,}; every sequence is read as a document of its own")
+    if found["modalities"] is not None:
+        lines.append("  modalities       " + ", ".join(f"{name}: {n:,}" for name, n in found["modalities"].items()))
     if found["bytes_per_token"] is not None:
         lines.append(f"  bytes per token  {found['bytes_per_token']:.3f}")
     if found["end_token"] is not None:
@@ -101,11 +107,11 @@ def _ending_with(data: TokenFile, end_token: int) -> int:
     return int((last == end_token).sum())
 
 
-def _first_lines(data: TokenFile, tokenizer: Tokenizer, show: int) -> Iterator[str]:
+def _first_lines(data: TokenFile, tokenizer: Tokenizer, show: int, of_parts: bool) -> Iterator[str]:
     for index in range(min(show, data.documents)):
         ids = data.document(index)[:SHOWN_TOKENS]
-        if ((ids < 0) | (ids >= tokenizer.vocab_size)).any():
+        if not of_parts and ((ids < 0) | (ids >= tokenizer.vocab_size)).any():
             yield f"(not this tokenizer's: id {int(ids.max())} and {tokenizer.vocab_size} pieces)"
             continue
-        text = tokenizer.decode(ids.tolist())
+        text = readable(tokenizer, ids.tolist())
         yield repr((text.strip().splitlines() or [""])[0][:SHOWN_CHARACTERS])

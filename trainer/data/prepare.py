@@ -8,17 +8,24 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.files import file_sha256, replace_folder, write_json
-from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents
+from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents, texts
 from trainer.data.lazy import megatron
+from trainer.data.modalities import COLUMN
+from trainer.data.parts import NAMES, Part, TokenIds
 from trainer.data.sidecar import read_sidecar
 from trainer.data.tokenizer import Tokenizer, default_workers, load_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # A chunk is tokenised at once: long enough to keep every thread busy, short enough to hold in memory.
 CHUNK_CHARACTERS = 1 << 22
 CHUNK_DOCUMENTS = 4096
+# In the order in which they get their names.
+FILES = (COLUMN, ".json", ".bin", ".idx")
 
 
 def prepare_dataset(
@@ -33,27 +40,36 @@ def prepare_dataset(
 ) -> dict[str, Any]:
     """Tokenise documents and write `out`.bin, .idx, .json and .tokenizer/. Returns the content of the `.json`.
 
-    One sequence per document, each with the end token behind it; uint16 where the vocabulary fits, else int32.
-    Everything is written under partial names. The `.idx` gets its final name last, and with `overwrite` loses it
-    first, and no reader takes a prefix without it: so a set that is complete by its names is complete.
+    One sequence per document, each with the end token behind it; uint16 where the vocabulary fits, else int32. With
+    `reading.image_codes`, documents are text and images, numbered as `trainer.data.parts` says, and there is an
+    `out`.modalities too. Everything is written under partial names. The `.idx` gets its final name last, and with
+    `overwrite` loses it first, and no reader takes a prefix without it: so a set that is complete by its names is
+    complete.
 
     Raises ValueError with every fault found: broken input by file and line, a prefix that exists, a bad tokenizer.
     """
+    reading = reading or ReadingOptions()
+    if faults := reading.faults():
+        raise ValueError("\n".join(faults))
     _check_free(out, overwrite)
     files = find_inputs(inputs)
     loaded = load_tokenizer(tokenizer)
+    ids = None if reading.image_codes is None else TokenIds(loaded.vocab_size, reading.image_codes)
     problems = Problems(skip=skip_broken)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(out + ".partial")
     try:
         _remove_partial(partial)
         with _progress(files) as advance:
-            texts = read_documents(files, reading or ReadingOptions(), problems)
-            counts = _write_pair(texts, loaded, partial, problems, workers or default_workers(), advance)
+            documents = read_documents(files, reading, problems)
+            written = _Writer(partial, loaded, ids)
+            written.write(documents, problems, workers or default_workers(), advance)
         problems.refuse_if_any()
-        if counts["documents"] == 0:
+        if written.counts["documents"] == 0:
             raise ValueError(f"{', '.join(inputs)}: not one document is left to write ({_counted(problems)}).")
-        sidecar = {**_describe(partial, loaded), **counts, "skipped": dict(problems.skipped)}
+        sidecar = {**_describe(partial, loaded, ids), **written.counts, "skipped": dict(problems.skipped)}
+        if ids is not None:
+            sidecar["modalities"] = _describe_column(partial, ids, written.of_modality)
         write_json(f"{partial}.json", sidecar)
         Path(f"{partial}.tokenizer").mkdir()
         loaded.copy_to(f"{partial}.tokenizer")
@@ -64,7 +80,7 @@ def prepare_dataset(
 
 
 def _check_free(out: str, overwrite: bool) -> None:
-    existing = [out + suffix for suffix in (".bin", ".idx", ".json", ".tokenizer") if os.path.exists(out + suffix)]
+    existing = [out + suffix for suffix in (*FILES, ".tokenizer") if os.path.exists(out + suffix)]
     if os.path.exists(out + ".json") and read_sidecar(out) is None:
         raise ValueError(f"--out {out}: {out}.json exists and is not ours to replace; give another prefix.")
     if existing and not overwrite:
@@ -73,41 +89,75 @@ def _check_free(out: str, overwrite: bool) -> None:
         )
 
 
-def _write_pair(
-    texts: Iterator[str], tokenizer: Tokenizer, partial: Path, problems: Problems, workers: int, advance: Any
-) -> dict[str, int]:
-    """Write the partial `.bin` and `.idx`; returns documents, tokens, bytes and max_token."""
-    import numpy as np
+class _Writer:
+    """Writes documents into the partial `.bin` and `.idx`, and with `ids` into the column, and counts them.
 
-    indexed = megatron("indexed_dataset")
-    dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
-    builder = indexed.IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
-    counts = {"documents": 0, "tokens": 0, "bytes": 0, "max_token": -1}
-    try:
-        for chunk in _chunks(texts):
-            advance(sum(map(len, chunk)))
-            if problems.listed:
-                # It will be refused: only the list of what is broken is still wanted.
-                continue
-            for text, ids in zip(chunk, tokenizer.encode_batch(chunk, workers), strict=True):
-                tokens = np.array([*ids, tokenizer.end_token], dtype=np.int64)
-                builder.add_document(tokens, [len(tokens)])
-                counts["documents"] += 1
-                counts["tokens"] += len(tokens)
-                counts["bytes"] += len(text.encode())
-                counts["max_token"] = max(counts["max_token"], int(tokens.max()))
-    finally:
-        # Closes the .bin as well.
-        builder.finalize(f"{partial}.idx")
-    return counts
+    `counts`: documents, tokens, bytes of text and max_token. `of_modality`: tokens of each modality.
+    """
+
+    def __init__(self, partial: Path, tokenizer: Tokenizer, ids: TokenIds | None) -> None:
+        self._partial = partial
+        self._tokenizer = tokenizer
+        self._ids = ids
+        self.counts = {"documents": 0, "tokens": 0, "bytes": 0, "max_token": -1}
+        self.of_modality = [0] * len(NAMES)
+
+    def write(self, documents: Iterator[list[Part]], problems: Problems, workers: int, advance: Any) -> None:
+        """Write them all; `advance` is told how many characters and codes went by."""
+        indexed = megatron("indexed_dataset")
+        vocab_size = self._tokenizer.vocab_size if self._ids is None else self._ids.vocab_size
+        builder = indexed.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=indexed.DType.optimal_dtype(vocab_size))
+        try:
+            with contextlib.nullcontext() if self._ids is None else open(f"{self._partial}{COLUMN}", "wb") as column:
+                for chunk in _chunks(documents):
+                    advance(sum(map(_size, chunk)))
+                    if problems.listed:
+                        # It will be refused: only the list of what is broken is still wanted.
+                        continue
+                    for document, tokens in zip(chunk, self._tokens(chunk, workers), strict=True):
+                        builder.add_document(tokens, [len(tokens)])
+                        self._count(document, tokens, column)
+        finally:
+            # Closes the .bin as well.
+            builder.finalize(f"{self._partial}.idx")
+
+    def _tokens(self, chunk: list[list[Part]], workers: int) -> Iterator[np.ndarray]:
+        """The tokens int64 [n] of each document; each text is tokenised by itself."""
+        import numpy as np
+
+        encoded = iter(self._tokenizer.encode_batch([text for document in chunk for text in texts(document)], workers))
+        for document in chunk:
+            tokens: list[int] = []
+            for part in document:
+                if isinstance(part, str):
+                    tokens += next(encoded)
+                else:
+                    assert self._ids is not None, "images are read only where their codes are counted"
+                    tokens += self._ids.image(part)
+            yield np.array([*tokens, self._tokenizer.end_token], dtype=np.int64)
+
+    def _count(self, document: list[Part], tokens: np.ndarray, column: Any) -> None:
+        self.counts["documents"] += 1
+        self.counts["tokens"] += len(tokens)
+        self.counts["bytes"] += sum(len(text.encode()) for text in texts(document))
+        self.counts["max_token"] = max(self.counts["max_token"], int(tokens.max()))
+        if self._ids is not None:
+            modalities = self._ids.modalities(tokens)
+            column.write(modalities.tobytes())
+            for number in range(len(NAMES)):
+                self.of_modality[number] += int((modalities == number).sum())
 
 
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
+def _size(document: list[Part]) -> int:
+    return sum(map(len, document))
+
+
+def _chunks(documents: Iterator[list[Part]]) -> Iterator[list[list[Part]]]:
+    chunk: list[list[Part]] = []
     characters = 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
+    for document in documents:
+        chunk.append(document)
+        characters += _size(document)
         if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
             yield chunk
             chunk, characters = [], 0
@@ -115,7 +165,7 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _describe(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def _describe(partial: Path, tokenizer: Tokenizer, ids: TokenIds | None) -> dict[str, Any]:
     """What the sidecar says besides the counts."""
     with open(f"{partial}.idx", "rb") as stream:
         stream.seek(17)
@@ -123,7 +173,7 @@ def _describe(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "format": 1,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": tokenizer.vocab_size if ids is None else ids.vocab_size,
         "end_token": tokenizer.end_token,
         "dtype": megatron("indexed_dataset").DType(code).name,
         "bin_bytes": os.path.getsize(f"{partial}.bin"),
@@ -133,18 +183,32 @@ def _describe(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def _describe_column(partial: Path, ids: TokenIds, tokens: list[int]) -> dict[str, Any]:
+    """What the sidecar says of the column."""
+    return {
+        "names": NAMES,
+        "ranges": ids.ranges,
+        "tokens": tokens,
+        "bytes": os.path.getsize(f"{partial}{COLUMN}"),
+        "sha256": file_sha256(f"{partial}{COLUMN}"),
+    }
+
+
 def _publish(partial: Path, out: str) -> None:
     """Give the finished files their names, the `.idx` last."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(out + ".idx")
     replace_folder(Path(f"{partial}.tokenizer"), Path(out + ".tokenizer"))
-    for suffix in (".json", ".bin", ".idx"):
-        os.replace(f"{partial}{suffix}", out + suffix)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(out + COLUMN)
+    for suffix in FILES:
+        if suffix != COLUMN or os.path.exists(f"{partial}{COLUMN}"):
+            os.replace(f"{partial}{suffix}", out + suffix)
 
 
 def _remove_partial(partial: Path) -> None:
     shutil.rmtree(f"{partial}.tokenizer", ignore_errors=True)
-    for suffix in (".bin", ".idx", ".json", ".json.partial"):
+    for suffix in (*FILES, ".json.partial"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{partial}{suffix}")
 

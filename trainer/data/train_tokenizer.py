@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from model.files import new_folder, write_json
-from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents
+from trainer.data.documents import Problems, ReadingOptions, find_inputs, read_documents, texts
+from trainer.data.parts import ANY_CODES
 from trainer.data.tokenizer import MARKER, MODEL_FILE, Tokenizer, marker
 
 END = "</s>"
@@ -27,6 +28,7 @@ def train_tokenizer(
     vocab_size: int,
     *,
     key: str = "text",
+    parts: str | None = None,
     sample_mb: int = DEFAULT_SAMPLE_MB,
     skip_broken: bool = False,
     overwrite: bool = False,
@@ -35,7 +37,8 @@ def train_tokenizer(
 
     Decoding gives back the text that was encoded, whatever its spaces, tabs, line ends and unknown characters: bytes
     stand in for what has no piece. The exception is U+2581, which SentencePiece writes for a space and reads as one.
-    The same text gives the same bytes. Of more than `sample_mb` megabytes, lines are taken evenly.
+    The same text gives the same bytes. Of more than `sample_mb` megabytes, lines are taken evenly. Where documents lie
+    under `parts`, their texts alone are read.
 
     Raises ValueError when an input cannot be read, when `out` exists, or when the text cannot carry a vocabulary of
     exactly `vocab_size`, naming the nearest size that works.
@@ -45,7 +48,8 @@ def train_tokenizer(
     _check_free(out, overwrite)
     files = find_inputs(inputs)
     keep = min(1.0, sample_mb * 1e6 / max(1, sum(os.path.getsize(file) for file in files)))
-    lines = _lines(files, ReadingOptions(documents="file", key=key), Problems(skip=skip_broken))
+    reading = ReadingOptions(documents="file", key=key, parts=parts, image_codes=ANY_CODES if parts else None)
+    lines = _lines(files, reading, Problems(skip=skip_broken))
     seen = _Watched(_sample(lines, keep))
     model = _train(seen, vocab_size)
     write_tokenizer(model, Path(out))
@@ -180,9 +184,10 @@ def _size_fault(message: str, vocab_size: int) -> str:
 def _lines(files: list[str], options: ReadingOptions, problems: Problems) -> Iterator[str]:
     """The text in pieces: lines with their ends, and long ones cut, since SentencePiece drops what is too long."""
     for document in read_documents(files, options, problems):
-        for line in document.splitlines(keepends=True):
-            for start in range(0, len(line), LONGEST_PIECE_OF_TEXT):
-                yield line[start : start + LONGEST_PIECE_OF_TEXT]
+        for text in texts(document):
+            for line in text.splitlines(keepends=True):
+                for start in range(0, len(line), LONGEST_PIECE_OF_TEXT):
+                    yield line[start : start + LONGEST_PIECE_OF_TEXT]
     problems.refuse_if_any()
 
 

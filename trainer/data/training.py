@@ -12,11 +12,13 @@ from trainer.data.batch import assemble, check_rows
 from trainer.data.config import DataConfig, DataSource
 from trainer.data.indexed import open_pair
 from trainer.data.lazy import megatron
+from trainer.data.modalities import TokenModalities
 from trainer.data.order import ensure, order_folder, wait_for
 from trainer.data.split import training_range
 
 if TYPE_CHECKING:
     from model.batch import Batch
+    from model.untie import UntieConfig
 
 
 class TrainingData:
@@ -28,9 +30,10 @@ class TrainingData:
 
     `samples` fixes the order and is all there is. With a process group the constructor is a collective of all its
     processes, since the first one lays the order down in `cache_dir` (`config.cache_dir` goes before it). With
-    `vocab_size`, every sample is checked for ids outside of it.
+    `vocab_size`, every sample is checked for ids outside of it. With `untie`, batches say which modality their tokens
+    and targets are of.
 
-    Raises ValueError when a source cannot be read or is too short for one sample.
+    Raises ValueError when a source cannot be read, is too short for one sample, or does not say the modalities.
     """
 
     def __init__(
@@ -41,11 +44,15 @@ class TrainingData:
         samples: int,
         cache_dir: str | Path,
         vocab_size: int | None = None,
+        untie: UntieConfig | None = None,
     ) -> None:
         self.config = config
         self.samples = samples
         self._vocab_size = vocab_size
         self._sources = config.training_sources()
+        self._modalities = (
+            None if untie is None else [TokenModalities(open_pair(source.path), untie) for source in self._sources]
+        )
         cache = config.cache_dir or str(cache_dir)
         blend_folder = order_folder(
             cache, "blend", weights=[float(source.weight) for source in self._sources], samples=samples
@@ -76,19 +83,24 @@ class TrainingData:
             )
         drawn = [self._sample(step * size + row) for row in rows]
         shape = (len(drawn), self.config.seq_len + 1)
-        tokens = np.array([sample for sample, _ in drawn], dtype=np.int64).reshape(shape)
-        pieces = np.array([piece for _, piece in drawn], dtype=np.int64).reshape(shape)
+        tokens, pieces, modalities = (
+            np.array([sample[part] for sample in drawn], dtype=np.int64).reshape(shape) for part in range(3)
+        )
         isolate = self.config.isolate_documents
         counted = pieces[:, 1:] == pieces[:, :-1] if isolate else np.ones((shape[0], shape[1] - 1), dtype=bool)
-        return assemble(tokens[:, :-1], tokens[:, 1:], counted, pieces[:, :-1], isolate)
+        told_apart = None if self._modalities is None else (modalities[:, :-1], modalities[:, 1:])
+        return assemble(tokens[:, :-1], tokens[:, 1:], counted, pieces[:, :-1], isolate, told_apart)
 
-    def _sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, number of the piece of each) of a sample, both int64 [seq_len + 1]."""
+    def _sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, number of the piece of each, modality of each, or 0) of a sample, all int64 [seq_len + 1]."""
         source = int(self._blend[0][index])
         drawn = self._packed[source][int(self._blend[1][index])]
         tokens, pieces = drawn["tokens"], drawn["pieces"]
         self._check_ids(self._sources[source].path, tokens, pieces)
-        return tokens, np.repeat(np.arange(len(pieces)), [piece.length for piece in pieces])
+        owners = np.repeat(np.arange(len(pieces)), [piece.length for piece in pieces])
+        if self._modalities is None:
+            return tokens, owners, np.zeros_like(owners)
+        return tokens, owners, self._modalities[source].of(tokens.astype(np.int64), pieces)
 
     def _check_ids(self, prefix: str, tokens: np.ndarray, pieces: list[Any]) -> None:
         wrong = tokens < 0 if self._vocab_size is None else (tokens < 0) | (tokens >= self._vocab_size)
