@@ -38,7 +38,7 @@ def assemble(
         targets=torch.from_numpy(np.ascontiguousarray(targets)),
         counted=torch.from_numpy(np.ascontiguousarray(counted)),
         documents=torch.from_numpy(documents) if isolate else None,
-        positions=torch.from_numpy(np.ascontiguousarray(positions)),
+        positions=torch.from_numpy(np.array(positions)),
         modalities=None if modalities is None else torch.from_numpy(np.ascontiguousarray(modalities[0])),
         target_modalities=None if modalities is None else torch.from_numpy(np.ascontiguousarray(modalities[1])),
     )

@@ -209,7 +209,7 @@ def _small_charts(run: Run) -> list[Chart]:
 
 def _modality_charts(run: Run) -> list[Chart]:
     """What predictions of each modality cost, where the model tells them apart."""
-    charts = []
+    charts: list[Chart] = []
     for name in [name for name in run.series if name.startswith(_MODALITY) and name.endswith("/loss")]:
         modality = name.removeprefix(_MODALITY).removesuffix("/loss")
         lines = _raw_and_smooth(run.series[name], "training")
