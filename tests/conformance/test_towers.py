@@ -32,6 +32,7 @@ PARTS: dict[str, list[str]] = {
     "o": ["o"],
     "feedforward": ["feedforward"],
     "norms": ["norms"],
+    "none": [],
 }
 
 
