@@ -12,9 +12,9 @@ and which get the same batches with the same learning rate:
 
 `headway train` trains each with every seed, two at a time (`--workers`), and tells the loss of each modality on
 held-out documents as it goes. Told are these losses at the end, and after which part of the steps an arm is where dense
-ends, for each modality and seed. Draws `--picture` and appends a JSON line to `--out`. No learning rate is tuned, for none of
-the arms. Everything made lands in `--work`, where a second run with the same settings finds what the first one made.
-No figure is promised: it ends with 0 whatever comes out.
+ends, for each modality and seed. Draws `--picture` and appends a JSON line to `--out`. No learning rate is tuned, for
+none of the arms. Everything made lands in `--work`, where a second run with the same settings finds what the first one
+made. No figure is promised: it ends with 0 whatever comes out.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
-from trainer.data.modalities import unseen_modalities
+from trainer.data.modalities import differing_ranges, unseen_modalities
 from trainer.metrics import MetricsConfig
 from trainer.objective import ObjectiveConfig
 
@@ -241,7 +241,7 @@ def config_from_tables(
     config = Config(architecture=architecture, **sections)  # type: ignore[arg-type]
     _clip_warmup(config)
     if looks_at_files and untie is not None:
-        config.warnings += unseen_modalities(config.data, untie)
+        config.warnings += differing_ranges(config.data, untie) + unseen_modalities(config.data, untie)
     return config
 
 
