@@ -19,10 +19,10 @@ from model.initialisation import Normal, draw
 from model.settings import architecture_tables, build_architecture
 from model.towers import tied
 from model.untie import UntieConfig, UntiedPart
+from parallel.rows import VOCABULARY
 from trainer.convert import Say
 from trainer.remaking import Change, remake
 
-VOCABULARY = ("embedding.weight", "head.weight")
 SPREAD = 0.1
 """A new id begins with the mean row of the others, and this part of their spread, drawn."""
 

@@ -71,14 +71,14 @@ def test_losses_of_modalities_in_metrics_and_report(pool: Pool, tmp_path: Path) 
 
 
 def test_a_frozen_text_tower_says_the_same_to_the_bit(dense: Path, pool: Pool, tmp_path: Path) -> None:
-    """Neither updates nor decay touch it, and the other learns."""
+    """Neither updates nor decay touch it, nor the rows of its ids; the other learns, and its ids."""
     begin = tmp_path / "begin"
     done("upcycle", "mot", str(dense), str(begin), *UPCYCLED)
-    frozen = ["*.towers.0.*", "embedding.weight", "head.weight", "final_norm.*"]
+    frozen, ids = ["*.towers.0.*", "final_norm.*"], [0, VOCAB, VOCAB + 16, VOCAB + 18]
     config = write_config(
         tmp_path,
         write_mixed(tmp_path / "mixed"),
-        run={"freeze": frozen},
+        run={"freeze": frozen, "freeze_ids": ids},
         optimizer={"lr": 0.02, "weight_decay": 0.5},
     )
     begin_with(config, begin)
@@ -86,14 +86,28 @@ def test_a_frozen_text_tower_says_the_same_to_the_bit(dense: Path, pool: Pool, t
     records = read_metrics(tmp_path / "run")
     assert records[-1]["modality/image/loss"] < records[0]["modality/image/loss"] - 0.3
     after = tmp_path / "run"
-    assert torch.equal(logits(after), logits(begin))
+    old = [*range(VOCAB), VOCAB + 16, VOCAB + 17]
+    assert torch.equal(logits(after)[..., old], logits(begin)[..., old])
     images = torch.tensor([[3, 80, *range(64, 80), 81]])
     assert not torch.allclose(logits(after, images), logits(begin, images), atol=0.1)
     was = dict(load(begin)[0].named_parameters())
     folder, _ = newest_complete(after)
     assert folder is not None
     moved = {name for name, tensor in stored_weights(folder).items() if not torch.equal(tensor, was[name])}
-    assert moved == {name for name in was if ".towers.1." in name}
+    assert moved == {name for name in was if ".towers.1." in name} | {"embedding.weight", "head.weight"}
+    for name in ("embedding.weight", "head.weight"):
+        rows = (stored_weights(folder)[name] != was[name]).any(1)
+        assert rows.nonzero().flatten().tolist() == list(range(VOCAB, VOCAB + 16))
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [([4, 4], "must be pairs of a first id"), ([0, 4, 6], "must be pairs"), ([0, 65], "beyond model.vocab_size = 64")],
+)
+def test_ids_that_cannot_be_frozen(tmp_path: Path, ids: list[int], said: str) -> None:
+    config = write_config(tmp_path, str(tmp_path / "nothing"), run={"freeze_ids": ids})
+    code, found = headway("plan", str(config), "--world", "1")
+    assert code == 2 and f"run.freeze_ids = {ids}" in found and said in found
 
 
 def write_mixed(prefix: Path) -> str:
