@@ -159,8 +159,9 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         # The first looks would hide all others.
         last = [loss for runs in found.values() for run in runs for _, loss in run["curves"][name][1:]]
         above.set(title=name, ylim=(min(last) - 0.02, max(last) + 0.02))
+        apart = [y for line in below.lines for y in line.get_ydata()[2:]]
+        below.set(xlabel="step", ylim=(min(apart) - 0.005, max(apart) + 0.005))
         below.axhline(0, color="C2", linewidth=1)
-        below.set(xlabel="step")
         for axes in (above, below):
             axes.grid(color="0.92")
     panels[0][0].set_ylabel("held-out loss, nats a token")
