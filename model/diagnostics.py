@@ -176,7 +176,7 @@ def probed(model: Model, batch: Batch, num_queries: int | None = QUERIES) -> Att
     found = AttentionProbe(Sample.of(batch.tokens.shape, batch.documents, batch.tokens.device, num_queries))
     model.observer = found
     try:
-        model.hidden(batch.tokens, batch.documents, batch.positions)
+        model.hidden(batch.tokens, batch.documents, batch.positions, modalities=batch.modalities)
     finally:
         model.observer = None
     return found
