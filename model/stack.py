@@ -172,8 +172,9 @@ class Model(nn.Module):
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
         ctx.observer, ctx.heads, ctx.experts = self.observer, self.heads, self.experts
-        if modalities is not None:
-            self._group(ctx, modalities)
+        untie = self.architecture.untie
+        if modalities is not None and untie is not None and untie.parts:
+            self._group(ctx, modalities, untie.modalities)
         if not causal:
             self._check_bidirectional()
         for block in self.layers.values():
@@ -181,14 +182,16 @@ class Model(nn.Module):
         return ctx
 
     def modalities_of(self, tokens: Tensor, given: Tensor | None = None) -> Tensor | None:
-        """Of which modality tokens are: as given, or as their ids say. None where the model does not tell them apart.
+        """Of which modality tokens are: as given, or as their ids say. None where no weights go by it.
 
         Raises:
             ValueError: neither says.
         """
         untie = self.architecture.untie
-        if untie is None or given is not None:
-            return None if untie is None else given
+        if untie is None or not untie.parts:
+            return None
+        if given is not None:
+            return given
         if untie.by_ids:
             return untie.of_tokens(tokens)
         raise ValueError(
@@ -196,13 +199,11 @@ class Model(nn.Module):
             "is of (untie.ranges is empty): give `modalities` [B, N] with the tokens."
         )
 
-    def _group(self, ctx: Context, modalities: Tensor) -> None:
+    def _group(self, ctx: Context, modalities: Tensor, count: int) -> None:
         """Sort the tokens by modality, for all layers at once."""
-        untie = self.architecture.untie
-        assert untie is not None
-        ctx.modalities, ctx.groups = modalities, Groups(modalities, untie.modalities)
+        ctx.modalities, ctx.groups = modalities, Groups(modalities, count)
         here = self.heads.stream_piece(modalities)
-        ctx.stream_groups = ctx.groups if here is modalities else Groups(here, untie.modalities)
+        ctx.stream_groups = ctx.groups if here is modalities else Groups(here, count)
 
     def _cached_context(
         self, steps: Tensor, batch_size: int, documents: Tensor | None, positions: Tensor | None, cache: Cache

@@ -21,7 +21,7 @@ class UntieConfig:
     """How many. Each has weights of its own in the parts named below; attention is over all tokens."""
     parts: list[UntiedPart] = field(default_factory=lambda: ["qkv", "o", "feedforward", "norms"])
     """qkv: linear maps into a mixer (not routers); o: those out of it; feedforward; norms: those of the residual stream
-    and of queries and keys."""
+    and of queries and keys. With none of them, modalities share all weights and are told apart in metrics alone."""
     ranges: list[list[int]] = field(default_factory=list)
     """For each modality its token ids: first, one beyond the last, and so on for several ranges. Default: the data says
     which modality each token is of."""
@@ -63,8 +63,6 @@ class UntieConfig:
         faults = []
         if count < 1:
             return [f"untie.modalities = {count} must be at least 1."]
-        if not self.parts:
-            faults.append('untie.parts = [] unties nothing: name some of "qkv", "o", "feedforward", "norms".')
         if self.names and len(self.names) != count:
             faults.append(f"untie.names has {len(self.names)} names for modalities = {count}.")
         if doubled := sorted({name for name in self.names if self.names.count(name) > 1}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -31,6 +32,7 @@ from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, observed, recompute_blocks
 from parallel.region import Region
 from parallel.reparam import PlainWeights, SigmaReparam
+from parallel.rows import KeptRows
 from parallel.tensor import Cuts, cut
 from parallel.vocabulary import VocabularyCrossEntropy
 
@@ -100,6 +102,7 @@ class Spread:
         auxiliary: name -> what the last `train` came to beside the nats: means over the whole global batch.
         modality_nats: of what `train` or `evaluate` returned last, that of the targets of each modality; empty where
             the model does not tell them apart.
+        kept_rows: of embedding and head, those that training leaves as they are.
         uncut: the whole model, on the meta device: for what is asked of all layers, and of all names.
     """
 
@@ -133,6 +136,7 @@ class Spread:
         self._selection = SelectionBias(uncut, mesh)
         self._of_experts = expert_names(uncut)
         self._untrained = {name for name, parameter in uncut.named_parameters() if not parameter.requires_grad}
+        self.kept_rows = KeptRows({}, self.whole, [])
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -228,6 +232,10 @@ class Spread:
         self.reparam.freeze(names)
         if (copied := self._copy()) is not None:
             copied.requires_grad_("embedding.weight" not in names)
+
+    def keep_rows(self, ids: Sequence[tuple[int, int]]) -> None:
+        """Train embedding and head, but leave the rows of these ids, first and one beyond the last, as they are."""
+        self.kept_rows = KeptRows(self.parameters, self.whole, ids)
 
     def penalise_entropy(self, penalty: EntropyPenalty) -> list[str]:
         """From now on training is on this penalty, too; the names of its thresholds, which are trained beside."""
@@ -362,6 +370,7 @@ class Spread:
             summands = [self.parameters[name].grad for name in sorted(self.cuts.summed & self.parameters.keys())]
             sum_lists([local(gradient) for gradient in summands if gradient is not None], self.mesh.group("tp"))
         self._from_copy()
+        self.kept_rows.drop_gradients()
 
     # One matrix for the embedding and the head, in two stages: the first one's is the parameter, the last one's a copy.
 

@@ -21,7 +21,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults, unbuilt_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
-from trainer.data.modalities import unseen_modalities
+from trainer.data.modalities import differing_ranges, unseen_modalities
 from trainer.metrics import MetricsConfig
 from trainer.objective import ObjectiveConfig
 
@@ -58,11 +58,19 @@ class RunConfig:
     """Refuse operations whose result may differ from run to run."""
     freeze: list[str] = field(default_factory=list)
     """Patterns (`layers.0.*`) of parameters that are not trained; gradients still flow through them."""
+    freeze_ids: list[int] = field(default_factory=list)
+    """Token ids whose rows of embedding and head are not trained: first, one beyond the last, and so on. The other rows
+    are, unless `freeze` has the whole matrix."""
     resume: str = "auto"
     """auto: from the newest complete checkpoint of the run folder; never: refuse a folder that has one; or the path of
     a step folder to go on from."""
     allow_change: list[str] = field(default_factory=list)
     """Keys outside [run] [parallel] [checkpoint] [metrics] that may differ from the checkpoint's."""
+
+    @property
+    def frozen_ids(self) -> list[tuple[int, int]]:
+        """`freeze_ids` as pairs."""
+        return list(zip(self.freeze_ids[::2], self.freeze_ids[1::2], strict=True))
 
 
 @dataclass
@@ -241,7 +249,7 @@ def config_from_tables(
     config = Config(architecture=architecture, **sections)  # type: ignore[arg-type]
     _clip_warmup(config)
     if looks_at_files and untie is not None:
-        config.warnings += unseen_modalities(config.data, untie)
+        config.warnings += differing_ranges(config.data, untie) + unseen_modalities(config.data, untie)
     return config
 
 
@@ -273,7 +281,7 @@ def _read_value(text: str) -> Any:
 
 
 _LISTS = {
-    *("run.freeze", "run.allow_change", "model.pattern", "reparam.targets"),
+    *("run.freeze", "run.freeze_ids", "run.allow_change", "model.pattern", "reparam.targets"),
     *("data.train", "data.validation", "metrics.sinks"),
 }
 
@@ -333,6 +341,7 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
     if (run := sections["run"]) is not None:
         if not run.dir:
             faults.append('run.dir is missing: name the run folder, for example "runs/first".')
+        faults += _frozen_id_faults(run, model)
         if run.stop_at_step is not None and run.stop_at_step < 1:
             faults.append(f"run.stop_at_step = {run.stop_at_step} must be at least 1.")
     if (optimizer := sections["optimizer"]) is not None:
@@ -365,6 +374,15 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
     if data is not None and model is not None and model.positions == "learned" and data.seq_len > model.max_positions:
         faults.append(f"data.seq_len = {data.seq_len} is more than model.max_positions = {model.max_positions}.")
     return faults
+
+
+def _frozen_id_faults(run: RunConfig, model: ModelConfig | None) -> list[str]:
+    ids = run.freeze_ids
+    if len(ids) % 2 or any(first >= end or first < 0 for first, end in run.frozen_ids):
+        return [f"run.freeze_ids = {ids} must be pairs of a first id and a larger one beyond the last."]
+    if model is not None and ids and max(ids) > model.vocab_size:
+        return [f"run.freeze_ids = {ids} reaches beyond model.vocab_size = {model.vocab_size}."]
+    return []
 
 
 def _reparam_faults(sections: dict[str, Any], architecture: Architecture | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 
 from model.config import Architecture
-from model.files import new_folder
-from model.hf.check import Agreement, check_tokens, compare, native_logits
-from model.hf.export import write_folder
-from model.hf.formats import choose_format
+from model.hf.check import Agreement
 from model.hf.names import parameter_shapes
-from model.hf.source import HuggingFaceFolder, Weights
+from model.hf.source import Weights
 from model.initialisation import Normal, draw
 from model.settings import architecture_tables, build_architecture
-from trainer.convert import Say, complete_and_compare, described, facts_of, name_of, open_to_write, tokenizer_of
+from trainer.convert import Say
+from trainer.remaking import SAME, Change, remake
 
-SAME = 1e-5
-"""Where copies add up to what one of them was, logits are those of the source but for this part of the largest. Both
-are computed by us in fp32, from weights rounded alike."""
 ROUTER_STD = 0.02
 """Of a new router's weights: that of a model's other matrices."""
 
@@ -100,41 +95,25 @@ def to_moe(
     overwrite: bool = False,
     say: Say = print,
 ) -> Agreement:
-    """Write MODEL with several copies of each feed-forward and a router in front, as a Hugging Face folder.
+    """Write MODEL with several copies of each feed-forward and a router in front, as `remake` does.
 
-    Two things are checked: where the function is unchanged, logits are those of the model; and transformers computes
-    from the folder what Headway does. For these the result is in memory once; it is written weight by weight.
-
-    Args:
-        dtype: of the weights. Default: bfloat16 for a run in bf16, what a Hugging Face folder has, else float32.
-        form: the kind of checkpoint (`mixtral`, `headway`); default: the first that can say all of the result.
-        say: told how it goes, in lines.
-
-    Returns:
-        How far logits are from the model's.
-
-    Raises:
-        ValueError: what cannot be made, or computes something else: then `out` is untouched.
+    Where the function is unchanged, logits are those of the model: that is what is compared; elsewhere it is said how
+    far they moved.
     """
-    limit, asked, source = open_to_write(model, out, dtype, max_shard_size, overwrite)
-    dense = source.architecture()
-    mixed = with_experts(dense, choice)
-    kept, layout, words = asked or source.dtype, choose_format(mixed, form), tokenizer_of(source, None)
-    say(f"{source.folder}: {described(dense)} in {name_of(kept)}")
-    say(f"{out}: {described(mixed)}, as {layout.model_type} ({layout.class_name})")
-    say(f"each feed-forward {choice.experts} times, of which {choice.top_k} run for a token; {choice}")
-    with new_folder(out) as partial:
-        weights = _Copies(source.weights(dense), dense, mixed, choice)
-        write_folder(partial, weights, mixed, layout, facts_of(source, words), dtype=kept, max_shard_bytes=limit)
-        made, tokens = HuggingFaceFolder(partial), check_tokens(dense)
-        moved = compare(native_logits(made, tokens, kept), native_logits(source, tokens, kept))
-        moved = replace(moved, tolerance=SAME if choice.unchanged else math.inf)
-        say(_moved(moved, choice))
-        if not moved.holds:
-            raise ValueError(f"it computes something else than {source.folder}: {moved}. {out} is not written.")
-        complete_and_compare(partial, out, made, mixed, words, kept, say=say)
-    say(f"{out}: written")
-    return moved
+
+    def change_of(dense: Architecture) -> Change:
+        mixed = with_experts(dense, choice)
+        copies = f"each feed-forward {choice.experts} times, of which {choice.top_k} run for a token; {choice}"
+        return Change(
+            mixed,
+            weights=lambda weights: _Copies(weights, dense, mixed, choice),
+            words=lambda layout: f", as {layout.model_type} ({layout.class_name})\n{copies}",
+            said=lambda moved: _moved(moved, choice),
+            tolerance=SAME if choice.unchanged else math.inf,
+        )
+
+    options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "form": form, "overwrite": overwrite}
+    return remake(model, out, change_of, **options, say=say)
 
 
 def with_experts(dense: Architecture, choice: ExpertChoice) -> Architecture:

@@ -11,8 +11,8 @@ def counted_of_each(batch: Batch, untie: UntieConfig | None) -> list[float]:
     if untie is None:
         return []
     assert batch.target_modalities is not None
-    counted = batch.target_modalities[batch.counted]
-    return [float((counted == modality).sum()) for modality in range(untie.modalities)]
+    of_each = (batch.counted & (batch.target_modalities == modality) for modality in range(untie.modalities))
+    return [float(counted.sum()) for counted in of_each]
 
 
 def losses_of_each(

@@ -123,6 +123,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     model.initialise(config.run.seed)
     lr_factors = add_auxiliary_losses(model, config)
     optimizer = build_optimizer(model, config.optimizer, config.run.freeze, lr_factors)
+    model.keep_rows(config.run.frozen_ids)
     counters = _restore(plan, model, optimizer)
     status.step = counters.step
     share = config.data.global_batch_size // mesh.layout.data_parallel

@@ -80,7 +80,7 @@ class Updater:
         if not skipped:
             clip_gradients([p.grad for p in self.trained if p.grad is not None], norm, self.grad_clip)
             set_learning_rate(self.optimizer, lr)
-            with self.model.reparam.raw_weights():
+            with self.model.reparam.raw_weights(), self.model.kept_rows.kept():
                 self.optimizer.step()
             self.model.finish_update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,9 @@
-"""A model whose modalities have weights of their own, each of them those of a model given. Nothing gets its name before
-it was compared with its source."""
+"""A dense checkpoint as one whose modalities have weights of their own, each of them those that were there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,21 +11,18 @@ import torch
 from torch import Tensor
 
 from model.config import Architecture
-from model.files import new_folder
-from model.hf.check import Agreement, check_tokens, compare, native_logits
-from model.hf.export import write_folder
-from model.hf.formats import choose_format
+from model.hf.check import Agreement
 from model.hf.loading import load_source
 from model.hf.names import parameter_shapes
-from model.hf.source import HuggingFaceFolder, Source, Weights
+from model.hf.source import Source, Weights
 from model.initialisation import Normal, draw
 from model.settings import architecture_tables, build_architecture
 from model.towers import tied
 from model.untie import UntieConfig, UntiedPart
-from trainer.convert import Say, complete_and_compare, described, facts_of, name_of, open_to_write, tokenizer_of
-from trainer.upcycle import SAME
+from parallel.rows import VOCABULARY
+from trainer.convert import Say
+from trainer.remaking import Change, remake
 
-VOCABULARY = ("embedding.weight", "head.weight")
 SPREAD = 0.1
 """A new id begins with the mean row of the others, and this part of their spread, drawn."""
 
@@ -72,40 +68,23 @@ def to_mot(
     overwrite: bool = False,
     say: Say = print,
 ) -> Agreement:
-    """Write MODEL with weights for each modality, all of which begin as the model's, as a Hugging Face folder.
+    """Write MODEL with weights for each modality, all of which begin as the model's, as `remake` does.
 
-    Two things are checked: whatever the modalities of the tokens are, logits of the model's ids are those of the model;
-    and transformers computes from the folder what Headway does.
-
-    Args:
-        dtype: of the weights. Default: bfloat16 for a run in bf16, what a Hugging Face folder has, else float32.
-        say: told how it goes, in lines.
-
-    Returns:
-        How far logits are from the model's.
-
-    Raises:
-        ValueError: what cannot be made, or computes something else: then `out` is untouched.
+    Whatever the modalities of the tokens are, logits of the model's ids are those of the model: that is what is
+    compared.
     """
-    limit, asked, source = open_to_write(model, out, dtype, max_shard_size, overwrite)
-    dense = source.architecture()
-    untied = with_towers(dense, modalities)
-    kept, layout, words = asked or source.dtype, choose_format(untied, "headway"), tokenizer_of(source, None)
-    say(f"{source.folder}: {described(dense)} in {name_of(kept)}")
-    say(f"{out}: {described(untied)}; {_said(untied)}")
-    with new_folder(out) as partial:
-        weights = _Towers(source.weights(dense), dense, untied)
-        write_folder(partial, weights, untied, layout, facts_of(source, words), dtype=kept, max_shard_bytes=limit)
-        made, tokens = HuggingFaceFolder(partial), check_tokens(dense)
-        of_source = native_logits(source, tokens, kept)
-        same = compare(_any_modality(made, tokens, kept)[..., : dense.model.vocab_size], of_source)
-        same = replace(same, tolerance=SAME)
-        say(f"logits of the source, and of the result with its tokens of any modality: {same}")
-        if not same.holds:
-            raise ValueError(f"it computes something else than {source.folder}: {same}. {out} is not written.")
-        complete_and_compare(partial, out, made, untied, words, kept, say=say)
-    say(f"{out}: written")
-    return same
+
+    def change_of(dense: Architecture) -> Change:
+        untied = with_towers(dense, modalities)
+        return Change(
+            untied,
+            weights=lambda weights: _Towers(weights, dense, untied),
+            words=lambda _: f"; {_said(untied)}",
+            said=lambda same: f"logits of the source, and of the result with its tokens of any modality: {same}",
+            logits=_any_modality,
+        )
+
+    return remake(model, out, change_of, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, say=say)
 
 
 def with_towers(dense: Architecture, modalities: Modalities) -> Architecture:
@@ -115,7 +94,7 @@ def with_towers(dense: Architecture, modalities: Modalities) -> Architecture:
         ValueError: with every reason why it cannot be.
     """
     count, faults = modalities.count, []
-    if dense.untie is not None:
+    if dense.untie is not None and dense.untie.parts:
         faults.append(f"it has weights for {dense.untie.modalities} modalities already: begin with a model for one.")
     if count < 2:
         faults.append(f"--modalities {count}: one is the model itself; the nearest that works is 2.")

@@ -1,4 +1,4 @@
-"""A dense checkpoint as one that chooses its heads. Nothing gets its name before it was compared with its source."""
+"""A dense checkpoint as one that chooses its heads."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from model.config import Architecture
-from model.files import new_folder
-from model.hf.check import Agreement, check_tokens, compare, native_logits
-from model.hf.export import write_folder
-from model.hf.formats import choose_format
+from model.hf.check import Agreement
 from model.hf.loading import load_source
 from model.hf.names import parameter_shapes
-from model.hf.source import HuggingFaceFolder, Source, Weights
+from model.hf.source import Source, Weights
 from model.initialisation import Normal, draw
 from model.mixers.attention import AttentionConfig
 from model.mixers.moh import MoH
 from model.mixers.softmax import Softmax, SoftmaxConfig
 from model.settings import architecture_tables, build_architecture, without_none
-from trainer.convert import Say, complete_and_compare, described, facts_of, name_of, open_to_write, tokenizer_of
+from trainer.convert import Say
+from trainer.remaking import Change, remake
 
-SAME = 1e-5
-"""With all heads on, logits are those of the source but for this part of the largest. Both are computed by us in fp32,
-from the same weights."""
 ROUTER_STD = 0.002
 """Of a learned router's weights for routed heads. So small that gates are 1 within a few percent, while which heads are
 chosen differs between tokens all the same; the other routers begin as zeros, which is 1."""
@@ -53,41 +48,22 @@ def to_moh(
     overwrite: bool = False,
     say: Say = print,
 ) -> Agreement:
-    """Write MODEL with mixture-of-head attention in place of softmax attention, as a Hugging Face folder.
+    """Write MODEL with mixture-of-head attention in place of softmax attention, as `remake` does.
 
-    The weights are the model's own. Two things are checked: with all heads on, logits are those of the model; and
-    transformers computes from the folder what Headway does.
-
-    Args:
-        dtype: of the weights. Default: bfloat16 for a run in bf16, what a Hugging Face folder has, else float32.
-        say: told how it goes, in lines.
-
-    Returns:
-        How far logits with all heads on are from the model's.
-
-    Raises:
-        ValueError: what cannot be made, or computes something else: then `out` is untouched.
+    The weights are the model's own. With all heads on, logits are those of the model: that is what is compared.
     """
-    limit, asked, source = open_to_write(model, out, dtype, max_shard_size, overwrite)
-    dense = source.architecture()
-    routed = with_routed_heads(dense, choice)
-    kept, layout, words = asked or source.dtype, choose_format(routed, "headway"), tokenizer_of(source, None)
-    say(f"{source.folder}: {described(dense)} in {name_of(kept)}")
-    say(f"{out}: {described(routed)}; {_heads(routed)}")
-    with new_folder(out) as partial:
-        weights = _WithRouters(source.weights(dense), dense, routed)
-        write_folder(partial, weights, routed, layout, facts_of(source, words), dtype=kept, max_shard_bytes=limit)
-        made, tokens = HuggingFaceFolder(partial), check_tokens(dense)
-        same = compare(all_heads_logits(made, tokens, kept), native_logits(source, tokens, kept))
-        same = replace(same, tolerance=SAME)
-        say(f"logits with all heads on and of the source: {same}")
-        if not same.holds:
-            raise ValueError(
-                f"with all heads on it computes something else than {source.folder}: {same}. {out} is not written."
-            )
-        complete_and_compare(partial, out, made, routed, words, kept, say=say)
-    say(f"{out}: written")
-    return same
+
+    def change_of(dense: Architecture) -> Change:
+        routed = with_routed_heads(dense, choice)
+        return Change(
+            routed,
+            weights=lambda weights: _WithRouters(weights, dense, routed),
+            words=lambda _: f"; {_heads(routed)}",
+            said=lambda same: f"logits with all heads on and of the source: {same}",
+            logits=all_heads_logits,
+        )
+
+    return remake(model, out, change_of, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, say=say)
 
 
 def with_routed_heads(dense: Architecture, choice: HeadChoice) -> Architecture:

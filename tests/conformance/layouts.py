@@ -148,6 +148,8 @@ class Case:
     `untie`: what each modality has for itself. Where ids do not say which one a token is of, the first half of the rows
     is of the first one alone, and there is none of the last.
 
+    `kept_ids`: token ids whose rows of embedding and head are not trained, first and one beyond the last.
+
     `entropy`: a penalty that is trained on beside the cross-entropy. `mixer`: what the example is changed by.
     """
 
@@ -162,6 +164,7 @@ class Case:
     mixer: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, Any] = field(default_factory=dict)
     untie: dict[str, Any] = field(default_factory=dict)
+    kept_ids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -240,6 +243,7 @@ def updater_of(model: Spread, case: Case, frozen: tuple[str, ...] = ()) -> Updat
     config = OptimizerConfig(kind=case.optimizer, lr=LR, eps=eps, grad_clip=CLIP)
     thresholds = [name for name in model.beside if name.endswith("entropy_threshold")]
     optimizer = build_optimizer(model, config, frozen=list(frozen), lr_factors=dict.fromkeys(thresholds, 3.0))
+    model.keep_rows(case.kept_ids)
     objective = NextToken(model.cross_entropy)
     return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
 

@@ -34,6 +34,7 @@ from tests.conformance.layouts import (
     updater_of,
     whole,
 )
+from tests.conformance.models import VOCAB
 from tests.conformance.test_layout_checkpoints import assert_bit_equal, assert_continued, written_and_read
 from tests.conformance.test_layouts import FOURS, compare
 from tests.pool import Pool
@@ -52,6 +53,7 @@ PARTS: dict[str, list[str]] = {
     "o": ["o"],
     "feedforward": ["feedforward"],
     "norms": ["norms"],
+    "none": [],
 }
 
 
@@ -220,6 +222,24 @@ def test_a_frozen_tower(pool: Pool, alone: Alone, name: str) -> None:
     found = alone(case, frozen=frozen)
     assert not [n for n in found["gradients"] if ".towers.0." in n]
     assert found["gradients"]["layers.0.mixer.q.towers.1.weight"].any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["tp2 x pp2", pytest.param("tp2 x fsdp2", marks=MATRIX)])
+def test_rows_of_frozen_ids(pool: Pool, alone: Alone, name: str, tied: bool) -> None:
+    """Whoever holds which rows: no gradient, no decay, no part in the norm; the others are trained."""
+    case = replace(untied(name, "softmax"), num_layers=2, model={"tie_embeddings": tied}, kept_ids=((0, 7), (20, 50)))
+    compare(pool, alone, case, name, "fp64")
+    free = alone(replace(case, kept_ids=()))
+    whole = ("embedding.*",) if tied else ("embedding.*", "head.*")
+    found, begun = alone(case), alone(case, frozen=whole)["parameters"]
+    kept = torch.tensor([*range(7), *range(20, 50)])
+    other = torch.tensor([*range(7, 20), *range(50, VOCAB)])
+    for matrix in ["embedding.weight"] if tied else ["embedding.weight", "head.weight"]:
+        assert torch.equal(found["parameters"][matrix][kept], begun[matrix][kept])
+        assert (found["parameters"][matrix][other] != begun[matrix][other]).all()
+        assert not found["gradients"][matrix][kept].any() and found["gradients"][matrix][other].any()
+    assert found["norms"][0] < free["norms"][0]
 
 
 @pytest.mark.parametrize("name", ["tp2 x fsdp2", pytest.param("pp2", marks=MATRIX)])

@@ -268,6 +268,13 @@ def test_parts(parts: list[str]) -> None:
     assert any("feedforward.towers" in n for n, _ in model.named_parameters()) == ("feedforward" in parts)
 
 
+def test_without_parts_modalities_are_told_apart_in_metrics_alone() -> None:
+    dense, told = built(tables()), built(tables() | {"untie": THREE | {"parts": []}})
+    assert [name for name, _ in told.named_parameters()] == [name for name, _ in dense.named_parameters()]
+    assert torch.equal(told(sample()), dense(sample()))
+    assert torch.equal(told(sample(), modalities=sample() % 3), dense(sample()))
+
+
 def test_towers_draw_their_own_values() -> None:
     """From their names; norms and biases begin alike."""
     model = built(tables() | {"untie": THREE})
@@ -314,7 +321,7 @@ def test_a_mixture_of_experts_in_one_tower() -> None:
         ({"modalities": 2, "ranges": [[0, 30, 30], [30, 61]]}, ["[0, 30, 30] of 0 must be pairs"]),
         ({"modalities": 3, "ranges": [[0, 61]]}, ["untie.ranges has 1 entries for modalities = 3"]),
         (
-            {"modalities": 0, "parts": []},
+            {"modalities": 0},
             ["untie.modalities = 0 must be at least 1"],
         ),
         (

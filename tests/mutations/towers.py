@@ -19,10 +19,12 @@ TENSOR, REGION, BALANCE, SPREAD, PIPELINE = (
     "parallel/pipeline.py",
 )
 MODALITIES, COLUMN, PARTS = "trainer/modalities.py", "trainer/data/modalities.py", "trainer/data/parts.py"
+ROWS = "parallel/rows.py"
 RUN, UNIT = "tests/conformance/test_towers.py", "tests/model/test_towers.py"
 MOT, DATA = "tests/trainer/test_mot.py", "tests/trainer/test_data_parts.py"
 EQUATIONS, BY_HAND = f"{UNIT}::test_the_equations", f"{RUN}::test_training_is_on_the_equations"
 BEHIND_NORM = f"{RUN}::test_biases_behind_a_norm_over_all_heads"
+FROZEN_IDS = f"{RUN}::test_rows_of_frozen_ids"
 UNTIED_OR_NOT = f"{UNIT}::test_what_is_untied_and_what_is_not"
 CURVES = f"{MOT}::test_losses_of_modalities_in_metrics_and_report"
 BATCHES = f"{DATA}::test_training_batches_know_modalities"
@@ -232,8 +234,8 @@ FAULTS = [
         [
             ("        self.current.begin(ctx.stream_groups)\n", ""),
             (
-                "Groups(here, untie.modalities)\n",
-                "Groups(here, untie.modalities)\n"
+                "Groups(here, count)\n",
+                "Groups(here, count)\n"
                 "        for block in self.layers.values():\n"
                 "            block.current.begin(ctx.stream_groups)\n",
             ),
@@ -351,7 +353,7 @@ FAULTS = [
     Fault(
         "towers: predictions that do not count are counted",
         MODALITIES,
-        [("batch.target_modalities[batch.counted]", "batch.target_modalities")],
+        [("batch.counted & (batch.target_modalities == modality)", "(batch.target_modalities == modality)")],
         [BY_HAND],
     ),
     Fault(
@@ -408,6 +410,41 @@ FAULTS = [
             )
         ],
         [f"{MOT}::test_a_frozen_text_tower_says_the_same_to_the_bit"],
+    ),
+    Fault(
+        "towers: rows of frozen ids that decay",
+        ROWS,
+        [("local(self._parameters[name]).index_copy_(0, self._rows[name], values)", "pass")],
+        [f"{FROZEN_IDS}[tp2 x pp2-True]"],
+    ),
+    Fault(
+        "towers: rows of frozen ids counted in the norm",
+        ROWS,
+        [("local(parameter.grad).index_fill_(0, self._rows[name], 0.0)", "pass")],
+        [f"{FROZEN_IDS}[tp2 x pp2-True]"],
+    ),
+    Fault(
+        "towers: rows of frozen ids by their numbers on a rank",
+        ROWS,
+        [("torch.arange(rows.start, rows.stop)", "torch.arange(len(rows))")],
+        [f"{FROZEN_IDS}[tp2 x pp2-True]"],
+    ),
+    Fault(
+        "towers: rows of frozen ids kept before those of the head have come",
+        SPREAD,
+        [
+            (
+                "        self._from_copy()\n        self.kept_rows.drop_gradients()\n",
+                "        self.kept_rows.drop_gradients()\n        self._from_copy()\n",
+            )
+        ],
+        [f"{FROZEN_IDS}[tp2 x pp2-True]"],
+    ),
+    Fault(
+        "towers: rows of frozen ids kept in the embedding alone",
+        ROWS,
+        [('VOCABULARY = ("embedding.weight", "head.weight")', 'VOCABULARY = ("embedding.weight",)')],
+        [f"{FROZEN_IDS}[tp2 x pp2-False]"],
     ),
     Fault(
         "towers: upcycled, each after the first is drawn",

@@ -26,7 +26,7 @@ from trainer.data.fingerprint import fingerprint, fingerprint_differences
 from trainer.data.indexed import open_pair
 from trainer.data.inspect import as_text, inspect_dataset
 from trainer.data.lazy import megatron
-from trainer.data.modalities import unseen_modalities
+from trainer.data.modalities import differing_ranges, unseen_modalities
 from trainer.data.parts import TokenIds, readable
 from trainer.data.prepare import prepare_dataset
 from trainer.data.sidecar import read_sidecar
@@ -389,6 +389,18 @@ def test_each_modality_that_is_not_in_the_training_data_is_named(prefix: str, tm
             f'untie: no token of "c"{ids} among the {total:,} tokens of the training data: its weights get no gradient '
             "but zeros and decay."
         )
+
+
+def test_ranges_that_are_not_those_of_the_data_are_named(prefix: str):
+    assert differing_ranges(config(prefix), BY_IDS) == differing_ranges(config(prefix), BY_COLUMN) == []
+    padded = UntieConfig(2, ranges=[[*IDS.ranges[0][:-1], 400], IDS.ranges[1]])
+    assert differing_ranges(config(prefix), padded) == []
+    # As of a model whose vocabulary is 8 longer than the tokenizer's.
+    late = UntieConfig(2, ranges=[[0, V + 8, V + 8 + K, 400], [V + 8, V + 8 + K]], names=["text", "image"])
+    first, second = differing_ranges(config(prefix), late)
+    assert f'set was prepared with ids {V + K} to {V + K + 1} for "text", and id {V + K} is of "image" here' in first
+    assert f'with ids {V} to {V + K - 1} for "image", and id {V} is of "text" here' in second
+    assert second.endswith(f"it belongs to ranges = {IDS.ranges}.")
 
 
 def test_a_sidecar_does_not_count_for_other_ranges(prefix: str):

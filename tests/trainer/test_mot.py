@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,14 @@ def test_losses_of_modalities_in_metrics_and_report(pool: Pool, tmp_path: Path) 
 
 
 def test_a_frozen_text_tower_says_the_same_to_the_bit(dense: Path, pool: Pool, tmp_path: Path) -> None:
-    """Neither updates nor decay touch it, and the other learns."""
+    """Neither updates nor decay touch it, nor the rows of its ids; the other learns, and its ids."""
     begin = tmp_path / "begin"
     done("upcycle", "mot", str(dense), str(begin), *UPCYCLED)
-    frozen = ["*.towers.0.*", "embedding.weight", "head.weight", "final_norm.*"]
+    frozen, ids = ["*.towers.0.*", "final_norm.*"], [0, VOCAB, VOCAB + 16, VOCAB + 18]
     config = write_config(
         tmp_path,
         write_mixed(tmp_path / "mixed"),
-        run={"freeze": frozen},
+        run={"freeze": frozen, "freeze_ids": ids},
         optimizer={"lr": 0.02, "weight_decay": 0.5},
     )
     begin_with(config, begin)
@@ -106,14 +107,28 @@ def test_a_frozen_text_tower_says_the_same_to_the_bit(dense: Path, pool: Pool, t
     records = read_metrics(tmp_path / "run")
     assert records[-1]["modality/image/loss"] < records[0]["modality/image/loss"] - 0.3
     after = tmp_path / "run"
-    assert torch.equal(logits(after), logits(begin))
+    old = [*range(VOCAB), VOCAB + 16, VOCAB + 17]
+    assert torch.equal(logits(after)[..., old], logits(begin)[..., old])
     images = torch.tensor([[3, 80, *range(64, 80), 81]])
     assert not torch.allclose(logits(after, images), logits(begin, images), atol=0.1)
     was = dict(load(begin)[0].named_parameters())
     folder, _ = newest_complete(after)
     assert folder is not None
     moved = {name for name, tensor in stored_weights(folder).items() if not torch.equal(tensor, was[name])}
-    assert moved == {name for name in was if ".towers.1." in name}
+    assert moved == {name for name in was if ".towers.1." in name} | {"embedding.weight", "head.weight"}
+    for name in ("embedding.weight", "head.weight"):
+        rows = (stored_weights(folder)[name] != was[name]).any(1)
+        assert rows.nonzero().flatten().tolist() == list(range(VOCAB, VOCAB + 16))
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [([4, 4], "must be pairs of a first id"), ([0, 4, 6], "must be pairs"), ([0, 65], "beyond model.vocab_size = 64")],
+)
+def test_ids_that_cannot_be_frozen(tmp_path: Path, ids: list[int], said: str) -> None:
+    config = write_config(tmp_path, str(tmp_path / "nothing"), run={"freeze_ids": ids})
+    code, found = headway("plan", str(config), "--world", "1")
+    assert code == 2 and f"run.freeze_ids = {ids}" in found and said in found
 
 
 def write_mixed(prefix: Path) -> str:
@@ -159,8 +174,6 @@ def test_upcycled_without_new_ids_the_data_says(dense: Path, tmp_path: Path) -> 
     done("upcycle", "mot", str(dense), str(out), "--modalities", "3")
     assert "ranges" not in load(out)[1]["untie"] or load(out)[1]["untie"]["ranges"] == []
     torch.testing.assert_close(logits(out, modalities=TOKENS % 3), logits(dense), rtol=1e-5, atol=1e-5)
-    code, said = headway("generate", str(out), "--prompt", "1")
-    assert code == 2, said
     code, said = headway("upcycle", "mot", str(out), str(parts), "--modalities", "2")
     assert code == 2 and "weights for 3 modalities already" in said
 
@@ -237,3 +250,54 @@ def test_no_other_format_takes_it(tmp_path: Path) -> None:
     step = write_step(tmp_path / "other", decoder({"softmax": GROUPED}, SWIGLU, norm_position="sandwich_out"))
     code, said = headway("convert", "to-hf", str(step), str(tmp_path / "hf"), "--format", "llama")
     assert code == 2 and "norms stand before mixers and feed-forwards there" in said
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`set`, prepared from documents of text and image codes, and its tokenizer `TOK`, of 280 pieces; 12 codes."""
+    folder = tmp_path_factory.mktemp("captioned")
+    lines = folder / "lines.jsonl"
+    with lines.open("w") as stream:
+        for number in range(120):
+            said = ("a red boot", "rain on a hill", "two dogs and a cat", "é")
+            words = " ".join(said[i] for i in (number % 4, 2, number % 3))
+            codes = [(number + step) % 12 for step in range(9)]
+            stream.write(json.dumps({"parts": [{"text": words}, {"image": codes}][:: 1 - 2 * (number % 2)]}) + "\n")
+    parts = ("--parts", "parts")
+    done("data", "tokenizer", str(lines), "--out", str(folder / "TOK"), "--vocab-size", "280", *parts)
+    prepared = ("--tokenizer", str(folder / "TOK"), "--out", str(folder / "set"), *parts, "--image-codes", "12")
+    done("data", "prepare", str(lines), *prepared)
+    return folder
+
+
+def test_the_column_of_the_data_says_what_ids_say(captioned: Path, pool: Pool, tmp_path: Path) -> None:
+    """The same curve, bit for bit; and a model that cannot know is evaluated by the data, and does not generate."""
+    ids = {"ranges": [[0, 280, 292, 294], [280, 292]]} | NAMES
+    runs = {}
+    for name, untie in (("ids", ids), ("column", dict(NAMES))):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = write_config(
+            folder,
+            str(captioned / "set"),
+            model={"vocab_size": 294},
+            untie={"modalities": 2} | untie,
+            data={"validate_every_steps": 10},
+        )
+        assert [code for code, _ in pool.run(train, 2, config)] == [0, 0]
+        runs[name] = folder / "run"
+    records = {name: read_metrics(run) for name, run in runs.items()}
+    told = [key for key in records["ids"][-1] if key.startswith("modality/") or "loss" in key]
+    assert len(told) == 8
+    for one, other in zip(records["ids"], records["column"], strict=True):
+        assert [one.get(key) for key in told] == [other.get(key) for key in told]
+    scores = {}
+    for name, run in runs.items():
+        done("eval", str(run), "--data", str(captioned / "set"), "--out", str(tmp_path / f"{name}.json"))
+        scores[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        done("diagnose", str(run), "--data", str(captioned / "set"), "--rows", "2")
+    assert scores["ids"][0]["nats_per_token"] == scores["column"][0]["nats_per_token"]
+    prompt = ("--prompt", "a red", "--max-tokens", "3")
+    assert headway("generate", str(runs["ids"]), *prompt)[0] == 0
+    code, said = headway("generate", str(runs["column"]), *prompt)
+    assert code == 2 and "ids do not say which one a token is of" in said

@@ -214,6 +214,12 @@ def test_experts_are_planned(parallel: dict[str, int], tmp_path: Path, pool: Poo
     moe = {"num_experts": 4, "top_k": 4, "expert": "swiglu", "bias_rate": 0.01}
     parts = {"feedforwards": {"moe": moe, "swiglu": {"d_ff": 64}}}
     path = write_config(tmp_path, str(tmp_path / "nothing"), model=MODEL, data=SIZES, **parts)
+    for rank in assert_planned(path, parallel, pool):
+        assert any(sent.kind == "all-to-all" and sent.dimension == "ep" for sent in rank.sent)
+
+
+def assert_planned(path: Path, parallel: dict[str, int], pool: Pool) -> list[RankTrace]:
+    """On four processes a real step is what is planned; the plan."""
     planned = traced(path, 4, **parallel)
     layout = resolve_layout(configured(path, 4, **parallel).parallel, 4)
     real = pool.run(really_traced, 4, path, "fp32", parallel)
@@ -221,7 +227,20 @@ def test_experts_are_planned(parallel: dict[str, int], tmp_path: Path, pool: Poo
         found, held = real[costliest_ranks(layout)[rank.pp_rank]]
         assert {name: rank.memory[name] for name in held} == pytest.approx(held, rel=0.03)
         assert rank == replace(found, memory=rank.memory)
-        assert any(sent.kind == "all-to-all" and sent.dimension == "ep" for sent in rank.sent)
+    return planned
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"tp": 2}, *(pytest.param(x, marks=pytest.mark.matrix) for x in ({"cp": 2, "pp": 2}, {"ep": 2}))]
+)
+def test_weights_of_modalities_are_planned(parallel: dict[str, int], tmp_path: Path, pool: Pool) -> None:
+    """A plan takes all modalities to have equally many tokens, and all experts."""
+    moe = {"num_experts": 4, "top_k": 4, "expert": "swiglu"}
+    model = MODEL | {"feedforward_pattern": ["swiglu"]}
+    untie = {"modalities": 2, "ranges": [[0, 32], [32, 61]], "feedforwards": {"1": "moe"}}
+    parts = {"feedforwards": {"moe": moe, "swiglu": {"d_ff": 64}}, "untie": untie}
+    path = write_config(tmp_path, str(tmp_path / "nothing"), model=model, data=SIZES, **parts)
+    assert_planned(path, parallel, pool)
 
 
 @pytest.mark.parametrize("name", ["alone, selective", pytest.param("cp2 x fsdp2", marks=pytest.mark.matrix)])

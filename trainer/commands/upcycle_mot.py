@@ -17,7 +17,7 @@ class MoTArguments:
 
     OUT is a Hugging Face folder for train (model.init_from), eval, generate and transformers. Whatever the modalities
     of the tokens are, it computes what MODEL does, which is checked; the modalities become different by training.
-    run.freeze = ["*.towers.0.*", ...] keeps the first.
+    run.freeze = ["*.towers.0.*", ...] and run.freeze_ids keep the first.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]

@@ -159,6 +159,32 @@ def unseen_modalities(config: DataConfig, untie: UntieConfig) -> list[str]:
     return [_unseen(untie, number, looked_at, total) for number in np.flatnonzero(~seen).tolist()]
 
 
+def differing_ranges(config: DataConfig, untie: UntieConfig) -> list[str]:
+    """A sentence for each source that was prepared with ids of one modality which `untie.ranges` gives to another."""
+    if not untie.by_ids:
+        return []
+    return [
+        sentence
+        for source in config.training_sources()
+        if (described := described_modalities(source.path)) is not None
+        for sentence in _differing(source.path, described, untie)
+    ]
+
+
+def _differing(prefix: str, described: dict[str, Any], untie: UntieConfig) -> Iterator[str]:
+    for number, bounds in enumerate(described["ranges"]):
+        for first, end in zip(bounds[::2], bounds[1::2], strict=True):
+            ours = by_ids(untie, np.arange(first, end))
+            if (wrong := ours != number).any():
+                at = first + int(wrong.argmax())
+                yield (
+                    f"untie.ranges: {prefix} was prepared with ids {first} to {end - 1} for "
+                    f'"{described["names"][number]}", and id {at} is of "{untie.called[int(ours[at - first])]}" here: '
+                    f"it belongs to ranges = {described['ranges']}."
+                )
+                break
+
+
 def _trained_stretch(data: TokenFile, split: list[float] | None) -> range:
     """From the first token of the `.bin` that is trained on to the last."""
     documents = training_range(data.documents, split)

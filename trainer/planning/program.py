@@ -151,11 +151,12 @@ def _fake_world(rank: int, world_size: int) -> Iterator[None]:
 
 
 def _batch(config: Config, rows: int) -> Batch:
-    """As many rows as a rank has; what is in them does not matter."""
+    """As many rows as a rank has; what is in them does not matter, but modalities are taken to be equally many."""
     shape = (rows, config.data.seq_len)
     tokens, targets, documents, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
     counted = torch.ones(shape, dtype=torch.bool)
-    modalities = None if config.architecture.untie is None else tokens
+    untie = config.architecture.untie
+    modalities = None if untie is None else torch.arange(shape[1]).expand(shape) % untie.modalities
     isolated = documents if config.data.isolate_documents else None
     return Batch(tokens, targets, counted, isolated, positions, modalities, modalities)
 
