@@ -195,6 +195,12 @@ FAULTS = [
         [f"{BEHIND_NORM}[tp2, sequence whole]"],
     ),
     Fault(
+        "towers: gradients of biases on one rank only, where the sequence is whole",
+        TENSOR,
+        [("region.cuts_sequence or (together and norm is None)", "region.cuts_sequence")],
+        ["tests/parallel/test_tensor.py::test_what_is_not_cut_stays_alike_on_all_ranks"],
+    ),
+    Fault(
         "towers: a piece of the sequence has the modalities of the first",
         "model/batch.py",
         [
