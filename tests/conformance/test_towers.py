@@ -14,8 +14,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from tests.conformance.layouts import BOUNDS, EXPERT_LAYOUTS, KNOWN, LAYOUTS, Case, merged, two_steps
+from model.feedforward.moe import ExpertRouter
+from parallel.config import ParallelConfig
+from tests.conformance.layouts import (
+    BOUNDS,
+    EXPERT_LAYOUTS,
+    KNOWN,
+    LAYOUTS,
+    LR,
+    ROWS,
+    Case,
+    build,
+    merged,
+    share_of,
+    two_steps,
+    updater_of,
+    whole,
+)
 from tests.conformance.models import VOCAB
 from tests.conformance.test_layout_checkpoints import assert_bit_equal, assert_continued, written_and_read
 from tests.conformance.test_layouts import FOURS, compare
@@ -27,7 +45,9 @@ THREE = {"modalities": 3}
 SANDWICH = {"norm_position": "sandwich_out"}
 QUICK = ("fsdp2", "tp2", "pp2 zbv", "cp2 x fsdp2")
 QUICK_EXPERTS = ("ep2", "ep2 x cp2 x fsdp2")
+MORE = ("tp2, sequence whole", "pp2, recompute")
 FP32 = ("tp2 x cp2", "pp2 x fsdp2", "tp2 x fsdp2")
+RANGES = [[0, 20, 50, 61], [20, 45], [45, 50]]
 PARTS: dict[str, list[str]] = {
     "qkv": ["qkv"],
     "o": ["o"],
@@ -41,7 +61,7 @@ def untied(name: str, kinds: str = "softmax+lightning", precision: str = "fp64",
     return replace(Case.of(kinds, name, precision), untie=THREE | untie)
 
 
-@pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=MATRIX) for x in LAYOUTS])
+@pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=MATRIX) for x in (*LAYOUTS, *MORE)])
 def test_towers_of_two_mixers(pool: Pool, alone: Alone, name: str) -> None:
     compare(pool, alone, untied(name), name, "fp64")
 
@@ -51,6 +71,14 @@ def test_towers_of_two_mixers(pool: Pool, alone: Alone, name: str) -> None:
 @pytest.mark.parametrize("kinds", FOURS)
 def test_towers_of_all_mixers(pool: Pool, alone: Alone, kinds: str, name: str) -> None:
     compare(pool, alone, untied(name, kinds), name, "fp64")
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2, sequence whole"])
+def test_biases_behind_a_norm_over_all_heads(pool: Pool, alone: Alone, name: str) -> None:
+    """They are added when the ranks' outputs have been, each token its own."""
+    case = replace(untied(name, "norm_linear"), num_layers=2, experts={})
+    compare(pool, alone, case, name, "fp64")
+    assert alone(case)["gradients"]["layers.0.mixer.o.towers.1.bias"].any()
 
 
 @pytest.mark.parametrize("name", [x if x in QUICK_EXPERTS else pytest.param(x, marks=MATRIX) for x in EXPERT_LAYOUTS])
@@ -67,6 +95,77 @@ def test_experts_of_towers_balanced_over_the_global_batch(pool: Pool, alone: Alo
     compare(pool, alone, replace(case, experts=case.experts | {"balance_over": "global_batch"}), name, "fp64")
 
 
+def trained_and_computed(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an update comes to on one process, and the same by the equations: of each modality, P_i and f_i are means
+    over its tokens in a sequence, or in the batch, and a loss is that of the predictions of which it is the target."""
+    model = build(case, ParallelConfig(), "fp64")
+    plain, batch, untie = model.stages[0], share_of(model, 1), model.architecture.untie
+    assert untie is not None
+    if untie.by_ids:
+        modalities, of_targets = untie.of_tokens(batch.tokens), untie.of_tokens(batch.targets)
+        batch = replace(batch, modalities=modalities, target_modalities=of_targets)
+    assert batch.modalities is not None and batch.target_modalities is not None
+    routed: list[tuple[str, int, Tensor, Tensor]] = []
+    hooks = []
+    for name, module in plain.named_modules():
+        if isinstance(module, ExpertRouter):
+            said = name, int(name.split(".towers.")[1].split(".")[0])
+            hooks.append(module.register_forward_hook(lambda m, args, out, said=said: routed.append((*said, *out))))
+    logits = plain(batch.tokens, documents=batch.documents, positions=batch.positions, modalities=batch.modalities)
+    nats = F.cross_entropy(logits[batch.counted], batch.targets[batch.counted], reduction="none")
+    balance = z_loss = torch.zeros((), dtype=torch.float64)
+    settings, moves = case.experts, {}
+    for name, modality, scores, ranked in routed:
+        chosen = F.one_hot(ranked.sort(-1, descending=True).indices[:, : settings["top_k"]], scores.shape[-1]).sum(1)
+        rows = (batch.modalities == modality).nonzero()[:, 0]
+        together = settings.get("balance_over") == "global_batch"
+        parts = [rows >= 0] if together else [rows == row for row in range(ROWS)]
+        for part in parts:
+            if part.any():
+                p, f = scores[part].softmax(-1).mean(0), chosen[part].double().mean(0)
+                factor = settings["balance_weight"] * scores.shape[-1] / settings["top_k"]
+                balance = balance + factor * (p * f).sum() / len(parts)
+        z_loss = z_loss + settings["z_loss_weight"] * scores.logsumexp(-1).square().sum() / batch.tokens.numel()
+        loads = chosen.sum(0).double()
+        moves[f"{name}.selection_bias"] = settings["bias_rate"] * (loads.mean() - loads).sign()
+    (nats.mean() + balance + z_loss).backward()
+    norm = sum(p.grad.square().sum().item() for p in plain.parameters() if p.grad is not None) ** 0.5
+    of_each = [nats[batch.target_modalities[batch.counted] == m] for m in range(3)]
+    wanted = {"loss": nats.mean().item(), "auxiliary": [balance.item(), z_loss.item()], "norm": norm, "moves": moves}
+    wanted["losses"] = [found.mean().item() if len(found) else None for found in of_each]
+    wanted["tokens"] = [len(found) for found in of_each]
+    for hook in hooks:
+        hook.remove()
+    plain.zero_grad()
+    outcome = updater_of(model, case).update(share_of(model, 1), 1, lr=LR)
+    found = {"loss": outcome.loss, "auxiliary": [*outcome.auxiliary.values()], "norm": outcome.grad_norm}
+    found["losses"] = [outcome.by_modality[f"modality/{m}/loss"] for m in range(3)]
+    found["tokens"] = [outcome.by_modality[f"modality/{m}/tokens"] for m in range(3)]
+    found["moves"] = whole(model, {name: p for name, p in model.parameters.items() if name in moves})
+    return found, wanted
+
+
+@pytest.mark.parametrize(
+    ("over", "ranges"),
+    [("sequence", []), ("global_batch", []), ("sequence", RANGES)],
+    ids=["sequence", "global batch", "by ids"],
+)
+def test_training_is_on_the_equations(pool: Pool, over: str, ranges: list[list[int]]) -> None:
+    """Of four routers in two layers; without ranges, there is a modality of which there is nothing."""
+    case = replace(untied("fsdp2", "softmax", feedforwards={"1": "moe"}, ranges=ranges), num_layers=2)
+    experts = case.experts | {"balance_over": over, "bias_rate": 0.01, "router_init_std": 0.5}
+    case = replace(case, model={"feedforward_pattern": ["moe", "gelu"]}, experts=experts)
+    ((found, wanted),) = pool.run(trained_and_computed, 1, case)
+    if not ranges:
+        assert found["losses"].pop() is wanted["losses"].pop() is None
+    for what in ("loss", "losses", "tokens", "auxiliary", "norm"):
+        assert found[what] == pytest.approx(wanted[what], rel=1e-11), what
+    assert len(wanted["moves"]) == 4 and min(wanted["tokens"][:2]) > 20
+    for name, move in wanted["moves"].items():
+        assert torch.equal(found["moves"][name], move), name
+        assert move.any() or (not ranges and ".towers.2." in name), name
+
+
 @pytest.mark.parametrize("name", ["tp2", pytest.param("tp2 x cp2 x pp2", marks=MATRIX)])
 def test_norms_on_what_is_added(pool: Pool, alone: Alone, name: str) -> None:
     compare(pool, alone, replace(untied(name), model=SANDWICH | {"norm": "layernorm"}), name, "fp64")
@@ -81,7 +180,7 @@ def test_each_part_by_itself(pool: Pool, alone: Alone, part: str, name: str) -> 
 
 @pytest.mark.parametrize("name", ["tp2 x pp2", pytest.param("cp2 x fsdp2", marks=MATRIX)])
 def test_ids_say_the_modality(pool: Pool, alone: Alone, name: str) -> None:
-    compare(pool, alone, untied(name, ranges=[[0, 20, 50, 61], [20, 45], [45, 50]]), name, "fp64")
+    compare(pool, alone, untied(name, ranges=RANGES), name, "fp64")
 
 
 @MATRIX

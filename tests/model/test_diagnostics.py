@@ -18,7 +18,7 @@ import model.diagnostics as diagnostics
 from kernels.attention import Visible
 from model.attention import AttentionMap
 from model.diagnostics import SINK, AttentionProbe, Diagnosis, Numbers, Sample, Tally, probed
-from tests.conformance.models import positions_of, random_batch, small_model
+from tests.conformance.models import built, positions_of, random_batch, small_model
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 8
 
@@ -258,6 +258,30 @@ def test_rows_looked_at_one_after_the_other_are_rows_looked_at_together() -> Non
         apart.add(Tally.of(probed(model, batch.rows(slice(row, row + 1)), None), numbers(2)))
     for name in ("head_sums", "layer_sums", "maxima"):
         torch.testing.assert_close(getattr(apart, name), getattr(together, name), rtol=1e-9, atol=1e-12)
+
+
+def test_experts_of_each_modality_are_looked_at_one_after_the_other() -> None:
+    """Which part of all tokens chose each; of which modality they are, the data says."""
+    experts = {"moe": {"num_experts": 4, "top_k": 2, "expert": "swiglu"}, "swiglu": {"d_ff": 24}}
+    model = built(
+        {
+            "model": {"d_model": 32, "num_layers": 2, "vocab_size": 61, "pattern": ["it"]},
+            "mixers": {"it": {"kind": "softmax", "num_heads": 2}},
+            "feedforwards": experts | {"wide": {"kind": "swiglu", "d_ff": 48}},
+            "untie": {"modalities": 3, "feedforwards": {"1": "wide"}},
+        }
+    )
+    plain = random_batch(2, 80)
+    modalities = torch.randint(3, plain.tokens.shape)
+    batch = replace(plain, modalities=modalities)
+    of_model = Numbers.of(model)
+    assert of_model.experts == [8, 8]
+    tally = Tally.of(probed(model, batch), of_model)
+    tally.add(Tally.of(probed(model, batch), of_model))
+    for loads in tally.diagnosis().expert_loads:
+        for m, first in ((0, 0), (2, 4)):
+            assert sum(loads[first : first + 4]) == pytest.approx(2 * (modalities == m).double().mean().item())
+            assert len(set(loads[first : first + 4])) > 1
 
 
 def test_layers_without_weights_have_none() -> None:

@@ -215,6 +215,8 @@ def test_one_grouped_product_is_the_loop(monkeypatch: pytest.MonkeyPatch, sizes:
 
 def test_what_is_sorted_once_is_not_sorted_again() -> None:
     groups = Groups(torch.tensor([[0, 1, 0, 1]]), 2)
+    assert groups.order is not None and groups.order.tolist() == [0, 2, 1, 3]
+    assert groups.rows_of(1).tolist() == [1, 3]
     x = torch.randn(1, 4, 8)
     rows = groups.sort(x)
     assert groups.sort(x) is rows and groups.sort(x.clone()) is not rows

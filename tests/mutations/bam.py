@@ -55,8 +55,8 @@ FAULTS = [
     bam(
         "gradients of experts' biases on one rank only",
         (
-            "outside = set() if together or region.cuts_sequence",
-            'outside = {f"{x}.bias" for x in projections} if together else set() if region.cuts_sequence',
+            "inside = region.cuts_sequence or (together and norm is None)",
+            "inside = region.cuts_sequence and not together",
         ),
         file="parallel/tensor.py",
         tests=("tests/parallel/test_tensor.py::test_what_is_not_cut_stays_alike_on_all_ranks",),

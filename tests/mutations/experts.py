@@ -83,8 +83,8 @@ FAULTS = [
         "model/feedforward/experts.py",
         [
             (
-                "zip(experts, x_TD.split(sizes), strict=True)])",
-                "zip(experts, x_TD.split(sizes), strict=True) if len(part)])",
+                "zip(experts, parts, contexts, strict=True)])",
+                "zip(experts, parts, contexts, strict=True) if len(part)])",
             )
         ],
         [UNIT],
@@ -121,7 +121,7 @@ FAULTS = [
     Fault(
         "experts: the gradient of one copy of a row",
         GROUPED,
-        [("unflatten(0, (-1, ctx.copies)).sum(1)", "unflatten(0, (-1, ctx.copies))[:, 0]")],
+        [("(len(grad) // ctx.copies, ctx.copies)).sum(1)", "(len(grad) // ctx.copies, ctx.copies))[:, 0]")],
         [UNIT],
     ),
     Fault(
@@ -133,7 +133,7 @@ FAULTS = [
     Fault(
         "experts: what is summed over ranks stays a summand",
         "parallel/tensor.py",
-        [("lambda module, args, out: region.leave(out)", "lambda module, args, out: region.piece(out)")],
+        [("            return region.leave(out)\n", "            return region.piece(out)\n")],
         spread("ep2 x tp2"),
     ),
     Fault(
@@ -176,8 +176,8 @@ FAULTS = [
         BALANCE,
         [
             (
-                "self.layers[layer] / self.num_tokens(routing)[1]",
-                "self.layers[layer] / routing.chosen_BNU[..., 0].numel()",
+                "self.layers[place] / self.num_tokens(routing)[1]",
+                "self.layers[place] / routing.chosen_BNU[..., 0].numel()",
             )
         ],
         spread("ep2 x cp2 x fsdp2"),

@@ -32,8 +32,8 @@ FAULTS = [
         "parallel/tensor.py",
         [
             (
-                "            norm = DeferredNorm(plain)\n            setattr(layer, layer.full_width_norm, norm)\n",
-                "            plain.width = len(region.share(plain.width))\n",
+                "    norm = DeferredNorm(plain)\n    setattr(layer, layer.full_width_norm, norm)\n",
+                "    plain.width = plain.width // 2\n    return None\n",
             )
         ],
         cells("lightning", "tp2"),
@@ -65,13 +65,18 @@ FAULTS = [
     Fault(
         "micro-batches averaged instead of weighted",
         "parallel/spread.py",
-        [("(part_nats * scale).backward()", "(part_nats / part.counted.sum() / self.layout.microbatches).backward()")],
+        [("(nats_BN.sum() * scale)", "(nats_BN.sum() / part.counted.sum() / self.layout.microbatches)")],
         cells("softmax", "fsdp4"),
     ),
     Fault(
         "micro-batches of a pipeline averaged instead of weighted",
         "parallel/pipeline.py",
-        [("return nats * self._scale", "return nats / (targets != IGNORED).sum() / self.layout.microbatches")],
+        [
+            (
+                "return nats_BN.sum() * self._scale",
+                "return nats_BN.sum() / (targets != IGNORED).sum() / self.layout.microbatches",
+            )
+        ],
         cells("softmax", "pp2"),
     ),
     Fault(
@@ -101,7 +106,7 @@ FAULTS = [
     Fault(
         "documents that do not reach the stages in evaluation",
         "parallel/pipeline.py",
-        [("documents=part.documents)", "documents=None)")],
+        [("documents=part.documents,", "documents=None,")],
         cells("softmax", "pp2"),
     ),
     Fault(
@@ -274,9 +279,8 @@ FAULTS = [
         "model/batch.py",
         [
             (
-                "return replace(self, **parts)",
-                'return replace(self, **parts | {"positions": parts["positions"] * 0 + '
-                'self.positions[:, : parts["tokens"].shape[1]]})',
+                "{name: piece(tensor) for",
+                '{name: tensor[:, : piece(tensor).shape[1]] if name == "positions" else piece(tensor) for',
             )
         ],
         cells("softmax", "cp2"),

@@ -19,8 +19,8 @@ FAULTS = [
         "parallel/spread.py",
         [
             (
-                "            nats += part_nats.detach()\n",
-                "            nats += part_nats.detach()\n            with self.reparam.raw_weights():\n"
+                "            (nats_BN.sum() * scale).backward()\n",
+                "            (nats_BN.sum() * scale).backward()\n            with self.reparam.raw_weights():\n"
                 "                pass\n",
             )
         ],

@@ -17,7 +17,7 @@ FAULTS = [
     Fault(
         "routing: statistics of the tokens of one rank",
         BALANCE,
-        [("            if self.mesh.layout.cp > 1:\n", "            if False:\n")],
+        [("        if self.mesh.layout.cp > 1:\n", "        if False:\n")],
         cells("sequence-cp2"),
     ),
     Fault(

@@ -157,19 +157,24 @@ def test_gates_by_head_are_those_of_the_global_heads(pool: Pool, kind: str, head
             torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-12)
 
 
-def uncut_after_a_step(kind: str) -> dict[str, torch.Tensor]:
-    case = Case(kind, num_layers=2)
-    model = build(case, ParallelConfig(tp=2), "fp64")
+def uncut_after_a_step(case: Case, cut_sequence: bool) -> dict[str, torch.Tensor]:
+    model = build(case, ParallelConfig(tp=2, sequence_parallel=cut_sequence), "fp64")
     updater_of(model, case).update(share_of(model, 1), 1, lr=0.01)
     uncut = [name for name, dimension in model.cuts.dimensions.items() if dimension is None]
     return {name: local(model.parameters[name]).detach().clone() for name in uncut}
 
 
-@pytest.mark.parametrize("kind", ["softmax", "bam"])
-def test_what_is_not_cut_stays_alike_on_all_ranks(pool: Pool, kind: str) -> None:
+@pytest.mark.parametrize("cut_sequence", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "untie", "bias"),
+    [("softmax", {}, ".o.bias"), ("bam", {}, ".o.bias"), ("softmax", {"modalities": 3}, ".o.towers.0.bias")],
+)
+def test_what_is_not_cut_stays_alike_on_all_ranks(
+    pool: Pool, kind: str, untie: dict[str, Any], bias: str, cut_sequence: bool
+) -> None:
     """Biases of output projections, too, whose gradient one rank alone may have found."""
-    one, other = pool.run(uncut_after_a_step, 2, kind)
-    assert any(name.endswith(".o.bias") for name in one)
+    one, other = pool.run(uncut_after_a_step, 2, Case(kind, num_layers=2, untie=untie), cut_sequence)
+    assert any(name.endswith(bias) for name in one)
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 

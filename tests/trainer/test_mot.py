@@ -14,11 +14,14 @@ from torch import Tensor
 from model.decoding import Sampling, decode
 from model.folders import newest_complete
 from model.hf.loading import load
+from model.objective import NextToken, token_nats
 from model.towers import tied
 from tests.checkpoints import stored_weights, write_step
 from tests.pool import Pool
 from tests.trainer.conversions import GROUPED, SWIGLU, decoder, done
-from tests.trainer.runs import VOCAB, begin_with, curve, headway, train, write_config, write_tokens
+from tests.trainer.runs import VOCAB, begin_with, headway, train, write_config, write_tokens
+from trainer.config import load_config
+from trainer.data.evaluation import validation_sets
 from trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -40,6 +43,24 @@ def logits(model: Path, tokens: Tensor = TOKENS, **given: Any) -> Tensor:
         return load(model)[0](tokens, **given)
 
 
+@torch.no_grad()
+def validated(config: Path, model: Path) -> dict[str, float]:
+    """Losses of all validation data, by the definition."""
+    made = load_config(config)
+    (data,) = validation_sets(made.data, untie=made.architecture.untie).values()
+    batches, found = [data.batch(index, range(8), 8) for index in range(data.num_batches(8))], load(model)[0]
+    assert len(batches) > 1
+    nats = torch.cat([token_nats(found, NextToken(), batch).flatten() for batch in batches])
+    counted = torch.cat([batch.counted.flatten() for batch in batches])
+    image = torch.cat([batch.targets.flatten() for batch in batches]) >= 40
+    parts = {
+        "val_loss": counted,
+        "modality/text/val_loss": counted & ~image,
+        "modality/image/val_loss": counted & image,
+    }
+    return {name: nats[part].mean().item() for name, part in parts.items()}
+
+
 def test_losses_of_modalities_in_metrics_and_report(pool: Pool, tmp_path: Path) -> None:
     """Of the global batch: together they are the loss, whatever each rank had of which."""
     config = write_config(
@@ -53,18 +74,18 @@ def test_losses_of_modalities_in_metrics_and_report(pool: Pool, tmp_path: Path) 
         total = sum(record[f"modality/{name}/loss"] * count for name, count in tokens.items())
         assert total / sum(tokens.values()) == pytest.approx(record["loss"], rel=1e-12)
     assert len({record["modality/text/tokens"] for record in records}) > 3
-    validated = [record for record in records if "val_loss" in record]
-    assert len(validated) == 2
-    for record in validated:
-        low, high = sorted(record[f"modality/{name}/val_loss"] for name in ("text", "image"))
-        assert low < record["val_loss"] < high
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    twin = write_config(alone, str(tmp_path / "walk"), untie=TWO)
-    assert [code for code, _ in pool.run(train, 1, twin)] == [0]
-    assert [loss for _, loss, *_ in curve(alone / "run")] == pytest.approx(
-        [loss for _, loss, *_ in curve(tmp_path / "run")], rel=1e-4
-    )
+    assert len([record for record in records if "val_loss" in record]) == 2
+    wanted = validated(config, tmp_path / "run")
+    assert {name: records[-1][name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    # Where both ranks have the same rows, each is counted once.
+    (cut := tmp_path / "cut").mkdir()
+    same: dict[str, Any] = {"untie": TWO, "data": {"validate_every_steps": 5}, "parallel": {"cp": 2}}
+    twin = write_config(cut, str(tmp_path / "walk"), **same)
+    assert [code for code, _ in pool.run(train, 2, twin)] == [0, 0]
+    for record, other in zip(records, read_metrics(cut / "run"), strict=True):
+        told = {name for name in record if name.endswith("loss") or name.startswith("modality/")}
+        assert len(told) == (5 + 3 if "val_loss" in record else 5)
+        assert {name: other[name] for name in told} == pytest.approx({name: record[name] for name in told}, rel=1e-4)
     done("report", str(tmp_path / "run"))
     (page,) = (tmp_path / "run").glob("*.html")
     assert {"Loss of text", "Loss of image"} <= set(re.findall(r"Loss of \w+", page.read_text()))
