@@ -142,6 +142,11 @@ class Architecture:
                 found.setdefault(part, []).append(f"feedforwards.{name}.{key}")
         return found
 
+    @property
+    def untied(self) -> UntieConfig | None:
+        """`untie`, where any weights go by it; without parts it tells metrics apart alone."""
+        return self.untie if self.untie is not None and self.untie.parts else None
+
     def tower_names(self, layer: int) -> list[str]:
         """The feed-forward that each modality has in a layer."""
         assert self.untie is not None

@@ -89,8 +89,7 @@ class Context:
         causal: whether a token sees only itself and earlier ones.
         modalities: modality ids; None where the model does not tell them apart.
         groups: the tokens of a layer, by modality; stream_groups: those of the residual stream.
-        tower: of which modality all tokens are, inside of what only they run through; tower_rows: `[T]`, which of the
-            B N tokens these are.
+        tower: of which modality all tokens are, inside of what only they run through.
         cut: what crosses a sequence cut.
         heads: where the heads of a layer are.
         experts: where the experts of a layer are.
@@ -109,7 +108,6 @@ class Context:
     groups: Groups | None = None
     stream_groups: Groups | None = None
     tower: int | None = None
-    tower_rows: Tensor | None = None
     cut: WholeSequence = field(default_factory=WholeSequence)
     heads: WholeHeads = field(default_factory=WholeHeads)
     experts: WholeExperts = field(default_factory=WholeExperts)

@@ -172,8 +172,8 @@ class Model(nn.Module):
         else:
             ctx = self._cached_context(steps, batch_size, documents, positions, cache)
         ctx.observer, ctx.heads, ctx.experts = self.observer, self.heads, self.experts
-        untie = self.architecture.untie
-        if modalities is not None and untie is not None and untie.parts:
+        untie = self.architecture.untied
+        if modalities is not None and untie is not None:
             self._group(ctx, modalities, untie.modalities)
         if not causal:
             self._check_bidirectional()
@@ -187,8 +187,8 @@ class Model(nn.Module):
         Raises:
             ValueError: neither says.
         """
-        untie = self.architecture.untie
-        if untie is None or not untie.parts:
+        untie = self.architecture.untied
+        if untie is None:
             return None
         if given is not None:
             return given

@@ -31,7 +31,7 @@ def make_feedforward(architecture: Architecture, layer: int, site: Site) -> Feed
 
 def untie_mixer(mixer: Mixer, architecture: Architecture) -> None:
     """Exchange in place what each modality is to have for itself of a mixer's linear maps and norms."""
-    untie = architecture.untie
+    untie = architecture.untied
     if untie is None:
         return
     current, sharding, inits = Current(), dict(mixer.sharding), all_inits(mixer)

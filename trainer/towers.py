@@ -94,8 +94,8 @@ def with_towers(dense: Architecture, modalities: Modalities) -> Architecture:
         ValueError: with every reason why it cannot be.
     """
     count, faults = modalities.count, []
-    if dense.untie is not None and dense.untie.parts:
-        faults.append(f"it has weights for {dense.untie.modalities} modalities already: begin with a model for one.")
+    if dense.untied is not None:
+        faults.append(f"it has weights for {dense.untied.modalities} modalities already: begin with a model for one.")
     if count < 2:
         faults.append(f"--modalities {count}: one is the model itself; the nearest that works is 2.")
     elif modalities.new_ids and len(modalities.new_ids) != count - 1:

@@ -213,8 +213,8 @@ class MoE(FeedForward):
             found = Routing("feedforward", scores, picked, score=self.config.score)
             return ctx.observer.routing(self.site.layer, found)
         # Whoever observes knows tokens by their sequences.
-        assert ctx.groups is not None and ctx.tower_rows is not None
-        (batch_size, n), rows = ctx.groups.shape, ctx.tower_rows
+        assert ctx.groups is not None
+        (batch_size, n), rows = ctx.groups.shape, ctx.groups.rows_of(ctx.tower)
         nothing = scores.new_zeros(batch_size * n, self.config.num_experts)
         found = Routing(
             "feedforward",

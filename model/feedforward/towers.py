@@ -34,14 +34,12 @@ class FeedForwardTowers(FeedForward):
     def output_projections(self) -> list[str]:
         return [f"{MARK}.{m}.{name}" for m, tower in self.by_tower.items() for name in tower.output_projections]
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self._on_rows(x, ctx)
-
+    # As in `Towers`.
     @torch.compiler.disable
-    def _on_rows(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         groups = ctx.groups
         assert groups is not None, "nobody has said which tokens are of which modality"
-        inside = [replace(ctx, tower=m, tower_rows=groups.rows_of(m)) for m in range(len(self.towers))]
+        inside = [replace(ctx, tower=m) for m in range(len(self.towers))]
         return groups.restore(self.towers(groups.sort(x), groups.sizes, inside))
 
     def flops(self, n: int) -> float:

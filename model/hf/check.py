@@ -70,7 +70,7 @@ def check_tokens(architecture: Architecture, n: int = 96) -> Tensor:
 
 def check_modalities(architecture: Architecture, tokens: Tensor) -> Tensor | None:
     """Of which modalities these are to be, in turn, for a model whose ids do not say; None for any other."""
-    untie = architecture.untie
+    untie = architecture.untied
     return None if untie is None or untie.by_ids else tokens % untie.modalities
 
 

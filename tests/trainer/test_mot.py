@@ -242,6 +242,14 @@ def test_transformers_decodes_across_modalities(tmp_path: Path) -> None:
     assert torch.equal(logits(back), logits(out))
 
 
+def test_without_parts_it_is_a_llama(tmp_path: Path) -> None:
+    """Which nobody asks for modalities, though the data says them."""
+    plain = decoder({"softmax": GROUPED}, SWIGLU) | {"untie": {"modalities": 2, "parts": []}}
+    out = tmp_path / "hf"
+    done("convert", "to-hf", str(write_step(tmp_path / "step", plain)), str(out), "--format", "llama")
+    assert torch.equal(logits(out, TOKENS % 61), logits(tmp_path / "step", TOKENS % 61))
+
+
 def test_no_other_format_takes_it(tmp_path: Path) -> None:
     plain = decoder({"softmax": GROUPED}, SWIGLU)
     step = write_step(tmp_path / "step", plain | {"untie": {"modalities": 2, "ranges": [[0, 40], [40, 61]]}})

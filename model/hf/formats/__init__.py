@@ -71,7 +71,7 @@ def choose_format(architecture: Architecture, wanted: str | None) -> Format:
 def _write(entry: Format, architecture: Architecture) -> None:
     """Raises Unfit where the kind cannot say what this model is."""
     reasons = []
-    if architecture.untie is not None and architecture.untie.parts:
+    if architecture.untied is not None:
         reasons.append("modalities have no weights of their own there.")
     if architecture.model.norm_position != "pre":
         reasons.append("norms stand before mixers and feed-forwards there.")
