@@ -14,7 +14,7 @@ and which get the same batches with the same learning rate:
 held-out documents as it goes. Told are these losses at the end, and after which part of the steps an arm is where dense
 ends, for each modality and seed. Draws `--picture` and appends a JSON line to `--out`. No learning rate is tuned, for
 none of the arms. Everything made lands in `--work`, where a second run with the same settings finds what the first one
-made. No figure is promised: it ends with 0 whatever comes out.
+made. No figure is promised: it ends with 0 whatever comes out. The picture wants matplotlib (the extra `benchmarks`).
 """
 
 import argparse
