@@ -24,9 +24,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
-# What only tests need: lm-evaluation-harness.
+# What only tests need: lm-evaluation-harness, DeepSpeed, schemas of Kubernetes.
 $(VENV)/installed-tests: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev,eval]'
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev,eval,deepspeed,cluster]'
 	@touch $@
 
 install: $(VENV)/installed
