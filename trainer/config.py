@@ -18,7 +18,7 @@ from model.settings import architecture_tables, build, build_architecture, witho
 from model.stack import Model
 from model.untie import UntieConfig
 from parallel.config import ParallelConfig
-from parallel.mesh import layout_faults, unbuilt_faults
+from parallel.mesh import layout_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
 from trainer.data.modalities import differing_ranges, unseen_modalities
@@ -425,7 +425,7 @@ def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, 
         name: getattr(data, name) for name in ("seq_len", "global_batch_size", "isolate_documents")
     }
     compiled = sections["run"] is not None and sections["run"].compile
-    return layout_faults(parallel, world_size, architecture, **shape, compiled=compiled) + unbuilt_faults(parallel)
+    return layout_faults(parallel, world_size, architecture, **shape, compiled=compiled)
 
 
 def _file_faults(data: DataConfig | None, model: ModelConfig | None, untie: UntieConfig | None) -> list[str]:

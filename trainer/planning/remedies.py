@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from parallel.mesh import layout_faults, resolve_layout, unbuilt_faults
+from parallel.mesh import layout_faults, resolve_layout
 from trainer.config import Config
 from trainer.planning.devices import GIB
 from trainer.planning.program import trace_pipeline
@@ -91,5 +91,5 @@ def _is_legal(config: Config, remedy: Remedy) -> bool:
         global_batch_size=config.data.global_batch_size,
         isolate_documents=config.data.isolate_documents,
         compiled=config.run.compile,
-    ) + unbuilt_faults(parallel)
+    )
     return not faults
