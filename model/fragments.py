@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -100,6 +101,13 @@ class SavePlanner(DefaultSavePlanner):
 
 class LoadPlanner(DefaultLoadPlanner):
     """torch's, which also finds the boxes of fragments."""
+
+    def set_up_planner(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        # torch exchanges, in what it is given, whatever it does not know for None.
+        flat, _ = flatten_state_dict(state_dict)
+        fragments = {fqn: found for fqn, found in flat.items() if isinstance(found, Fragment)}
+        super().set_up_planner({fqn: found for fqn, found in flat.items() if fqn not in fragments}, *args, **kwargs)
+        self.state_dict |= fragments
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         found = self.state_dict[index.fqn]

@@ -32,8 +32,8 @@ class ParallelConfig:
     """What backward computes again: nothing, all but linear maps and fused attention, or everything."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """What carries data parallelism: torch's FSDP2, or DeepSpeed's ZeRO, without tp, pp, cp and ep."""
-    zero_stage: Literal[1, 2, 3] | None = None
-    """DeepSpeed: what is cut over all ranks: optimizer states (1), gradients too (2), parameters too (3). Default: as
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed: what is cut over all ranks: optimizer states (1), gradients too (2), parameters too (3). 0: as
     deepspeed_config says, or 2."""
     offload_optimizer: Literal["none", "cpu"] | None = None
     """DeepSpeed: where optimizer states are kept and updated. Default: as deepspeed_config says, or none."""

@@ -35,9 +35,11 @@ def shard(model: Model, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, bf16: bool
     """
     if mesh.size() == 1 and not bf16:
         return
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    # Inputs are left as they are: the stream is bf16 by itself, and FSDP would look into the context, where rotary
+    # tables have to stay fp32.
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else wide
     if bf16:
-        wide = MixedPrecisionPolicy(cast_forward_inputs=False)
         for module in list(model.modules()):
             if getattr(module, "keep_fp32", False):
                 fully_shard(module, mesh=mesh, mp_policy=wide, reshard_after_forward=not keep_gathered)

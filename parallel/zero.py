@@ -10,6 +10,7 @@ others are bf16 (routers, angles: a ZeRO optimizer has one type), and those besi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -132,7 +133,8 @@ class ZeroSpread(Spread):
         if self.zero.stage == 3:
             # A block's parameters come and go together, whichever of its modules use them.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=self.tables)
+        with contextlib.redirect_stdout(None):  # What it prints of memory, asked or not.
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=self.tables)
         known = {name: parameter for name, parameter in self.parameters.items() if name not in self.kept_whole}
         self._partitions = Partitions(self.engine, known, self.zero)
         draw_all(self.whole_parameters(), self._inits, self._seed)

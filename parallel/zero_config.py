@@ -141,7 +141,7 @@ def _zero_faults(zero: ZeroConfig, compiled: bool) -> list[str]:
 def engine_tables(zero: ZeroConfig, precision: str, micro_batch_size: int, microbatches: int) -> dict[str, Any]:
     """What DeepSpeed is told: the user's own table, and over it what the configuration says.
 
-    Neither clipping nor the learning rate is its business, and gradients are reduced and added up in fp32.
+    Clipping, skipping and the learning rate are not its business, and gradients are reduced and added up in fp32.
 
     Args:
         micro_batch_size: rows of a micro-batch on one process.
@@ -167,7 +167,7 @@ def engine_tables(zero: ZeroConfig, precision: str, micro_batch_size: int, micro
         "zero_optimization": inner,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }

@@ -113,7 +113,13 @@ class Partitions:
         """What is left of gradients goes. Collective, if there is any."""
         if not self._pending:
             return
-        # DeepSpeed makes its step, in which AdamW does nothing: so all that belongs to a step is done with.
+        # DeepSpeed makes its step with gradients of zero, in which AdamW does nothing: so all that belongs to a step is
+        # done with. (Where it finds an overflow itself, its buffers for offload keep what is not finite.)
+        for gradient in self.gradients():
+            gradient.zero_()
+        for norm in getattr(self.optimizer, "norm_for_param_grads", {}).values():
+            norm.zero_()
+        self.optimizer.local_overflow = False
         self.adamw.step = lambda closure=None: None
         try:
             self.step()

@@ -32,8 +32,8 @@ def build_optimizer(
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
-    names = [name for name, _ in model.uncut.named_parameters()]
-    model.freeze(frozen_names([*names, *model.beside], frozen))
+    shapes = {name: parameter.shape for name, parameter in model.uncut.named_parameters()}
+    model.freeze(frozen_names([*shapes, *model.beside], frozen))
     undecayed = {name for stage in model.stages for name in undecayed_names(stage)} | model.reparam.undecayed
     # A stage of a pipeline may have nothing for one of the groups, or nothing that is trained at all.
     cut: _Groups = {(config.weight_decay, 1.0): [], (0.0, 1.0): []}
@@ -43,7 +43,7 @@ def build_optimizer(
     for name, parameter in model.learned.items():
         if not parameter.requires_grad:
             continue
-        ndim = len(model.cuts.shapes.get(name, ()))
+        ndim = len(shapes.get(name, ()))
         decayed = ndim >= 2 and name not in undecayed
         if config.kind == "muon" and decayed and ndim == 2 and name.startswith("layers."):
             matrices.append(name)

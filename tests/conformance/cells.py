@@ -16,10 +16,11 @@ from tests.conformance.test_experts import QUICK
 from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
 from tests.conformance.test_layouts import CELLS, FOURS, FP32, KINDS, OTHER_LAYOUTS, OTHERS, PAIRS, faults
 from tests.conformance.test_towers import FP32 as TOWERS_FP32
+from tests.conformance.zero import ZERO_LAYOUTS
 
 Rows = list[tuple[str, ...]]
 FILE = "tests/conformance/test_layouts.py"
-FILES = [FILE, "tests/conformance/test_experts.py", "tests/conformance/test_towers.py"]
+FILES = [FILE, *(f"tests/conformance/test_{name}.py" for name in ("experts", "towers", "zero"))]
 
 
 def tables() -> dict[str, Rows]:
@@ -29,6 +30,7 @@ def tables() -> dict[str, Rows]:
         "products": _cells(PRODUCTS),
         "experts": _expert_cells(),
         "towers": _tower_cells(),
+        "zero": _zero_cells(),
         "other settings": _other_settings(),
         "crossings": _crossings(),
         "refusals": _refusals(),
@@ -64,6 +66,13 @@ def _tower_cells() -> Rows:
     for name, (world_size, parallel) in (LAYOUTS | EXPERT_LAYOUTS).items():
         held = "fp64, 1e-9" + "; fp32, 1e-5" * (name in TOWERS_FP32)
         rows.append((name, str(world_size), settings_of(parallel), held))
+    return rows
+
+
+def _zero_cells() -> Rows:
+    rows: Rows = [("layout", "processes", "settings", "held to"), ("---", "--:", "---", "---")]
+    for name, (world_size, parallel) in ZERO_LAYOUTS.items():
+        rows.append((name, str(world_size), settings_of(parallel), "fp32, 1e-5"))
     return rows
 
 
@@ -141,6 +150,7 @@ def test_ids() -> set[str]:
     ids |= {f"{FILES[2]}::test_towers_of_two_mixers[{name}]" for name in LAYOUTS}
     ids |= {f"{FILES[2]}::test_towers_with_experts[{name}]" for name in EXPERT_LAYOUTS}
     ids |= {f"{FILES[2]}::test_towers_in_fp32[{name}]" for name in TOWERS_FP32}
+    ids |= {f"{FILES[3]}::test_zero_equals_one_process[{name}]" for name in ZERO_LAYOUTS}
     return ids
 
 

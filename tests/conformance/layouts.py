@@ -426,6 +426,21 @@ def kept_wide(kind: str) -> set[str]:
     return seen
 
 
+def shared_dtypes(kind: str) -> set[torch.dtype]:
+    """Under bf16, of what blocks are told that was computed once for all of them."""
+    model = build(Case(kind, num_layers=2), ParallelConfig(), "bf16")
+    seen: set[torch.dtype] = set()
+
+    def note(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        leaves = torch.utils._pytree.tree_leaves(list(args[1].shared.values()))
+        seen.update(leaf.dtype for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point())
+
+    for block in model.stages[0].layers.values():
+        block.register_forward_pre_hook(note)
+    model.stages[0](random_batch(2, 8).tokens)
+    return seen
+
+
 def train_and_write(
     case: Case, parallel: ParallelConfig, precision: str, run_dir: Path, steps: int, write: bool
 ) -> dict[str, Any]:

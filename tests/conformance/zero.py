@@ -10,15 +10,25 @@ import torch.distributed as dist
 from parallel.config import ParallelConfig
 from tests.conformance.layouts import LR, Case, beside, build, full, share_of, updater_of
 
+
+def _zero(stage: int, **settings: Any) -> ParallelConfig:
+    return ParallelConfig(engine="deepspeed", zero_stage=stage, **settings)
+
+
 ZERO_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
-    f"zero {stage} on {world_size}{', ' * bool(more)}{', '.join(more)}": (
-        world_size,
-        ParallelConfig(engine="deepspeed", zero_stage=stage, microbatches=microbatches, **more),
-    )
-    for stage in (1, 2, 3)
-    for world_size, microbatches in ((2, 2), (4, 1))
-    for more in ({},)
+    "zero 1 on 1": (1, _zero(1)),
+    **{f"zero {stage} on 2": (2, _zero(stage, microbatches=2)) for stage in (1, 2, 3)},
+    **{f"zero {stage} on 4": (4, _zero(stage)) for stage in (1, 2, 3)},
+    **{
+        f"zero {s} on 2, optimizer offloaded": (2, _zero(s, offload_optimizer="cpu", microbatches=2)) for s in (1, 2, 3)
+    },
+    "zero 3 on 2, parameters offloaded": (2, _zero(3, offload_parameters="cpu")),
+    "zero 3 on 4, all offloaded": (4, _zero(3, offload_optimizer="cpu", offload_parameters="cpu", microbatches=2)),
+    "zero 2 on 2, selective recomputation": (2, _zero(2, recompute="selective", microbatches=2)),
+    "zero 3 on 2, recompute": (2, _zero(3, recompute="full", microbatches=2)),
+    "zero 3 on 2, selective recomputation": (2, _zero(3, recompute="selective")),
 }
+"""DeepSpeed's engine; a name is processes and settings."""
 
 
 def two_steps_by_zero(case: Case, parallel: ParallelConfig, precision: str = "fp32") -> dict[str, Any]:
