@@ -241,6 +241,8 @@ def _deepspeed() -> Any:
     """The library, told which kind of device there is, and to keep its remarks to itself."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It asks which process of the machine this is, also where nobody has launched it.
+    os.environ.setdefault("LOCAL_RANK", "0")
     # Names of collectives that torch has given others.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     import deepspeed

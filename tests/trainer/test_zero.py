@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,16 @@ def test_an_export_is_that_of_torch(pool: Pool, data: str, tmp_path: Path) -> No
         logits.append(model(tokens).logits)
         assert torch.allclose(logits[-1], load(folder)[0](tokens), atol=1e-4)
     assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_a_process_alone_needs_no_launcher(pool: Pool, data: str, tmp_path: Path) -> None:
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = config(tmp_path / "zero", data, 3)
+    command = [sys.executable, "-m", "trainer", "train", str(path), "--run.precision", "bf16"]
+    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = run(pool, 1, config(tmp_path / "torch", data, None), "--run.precision", "bf16")
+    assert_close(tmp_path / "zero" / "run", theirs)
 
 
 def test_it_begins_with_the_weights_of_another(pool: Pool, data: str, tmp_path: Path) -> None:
