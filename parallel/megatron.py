@@ -176,8 +176,8 @@ class MixerAttention(nn.Module):
         if packed_seq_params is not None or inference_context is not None:
             what = "packed sequences" if packed_seq_params is not None else "Megatron's inference"
             raise ValueError(
-                f"Headway's mixers know nothing of {what} here: train on rows of one length, with "
-                "isolate_documents and --reset-attention-mask for several documents in a row, and generate with Headway."
+                f"Headway's mixers know nothing of {what} here: train on rows of one length, for several "
+                "documents in a row with isolate_documents and --reset-attention-mask, and generate with Headway."
             )
         x_BND = hidden_states.transpose(0, 1)
         ctx = self._context(x_BND, attention_mask)

@@ -151,14 +151,14 @@ def test_one_layer_is_a_block_of_ours(alone: None) -> None:
     assert close(found.transpose(0, 1), ours.layers["0"](x, ctx))
 
 
-@pytest.mark.parametrize("kind", ["softmax", "lightning"])
-def test_documents_are_read_from_the_mask(kind: str, alone: None) -> None:
+@pytest.mark.parametrize(("kind", "settings"), CASES, ids=[kind for kind, _ in CASES])
+def test_documents_are_read_from_the_mask(kind: str, settings: dict[str, Any], alone: None) -> None:
     """As `--reset-attention-mask` makes it: causal, and blocked between documents."""
-    tables = tables_of(kind, {"num_heads": 4})
+    tables = tables_of(kind, settings)
     architecture = architecture_of(tables)
     ours = Model(architecture)
     ours.load_state_dict(random_weights(architecture), strict=False)
-    theirs = gpt(config_of(tables), layer_spec(kind, {"num_heads": 4}, isolate_documents=True))
+    theirs = gpt(config_of(tables), layer_spec(kind, settings, isolate_documents=True))
     theirs.load_state_dict(counterpart(dict(ours.named_parameters()), 2), strict=False)
     tokens = torch.randint(64, (2, N))
     documents = torch.tensor([[0] * 9 + [1] * 15, [0] * 4 + [1] * 11 + [2] * 9])
