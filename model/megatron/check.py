@@ -45,7 +45,8 @@ def ask_megatron(
             folder = _without_pickles(folder, Path(temporary) / "checkpoint")
         content = {
             "folder": str(folder.resolve()),
-            "tables": source.tables,
+            "arguments": plain(source.arguments),
+            "vocab_size": source.tables["model"]["vocab_size"],
             "rows": source.rows,
             "ranks": tp,
             "distributed": isinstance(source.files, DistributedFiles),
@@ -62,6 +63,11 @@ def ask_megatron(
         except ChildProcessError as fault:
             raise ValueError(f"megatron-core cannot compute from {source.folder}: {fault}") from fault
         return load_file(content["answer"])["logits"]
+
+
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that are numbers, words or nothing."""
+    return {name: value for name, value in arguments.items() if isinstance(value, str | int | float | None)}
 
 
 def _without_pickles(folder: Path, staged: Path) -> Path:

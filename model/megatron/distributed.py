@@ -104,6 +104,10 @@ class DistributedFiles:
         """That it is stored in."""
         return self._metadata.state_dict_metadata[self._entries[name][0]].properties.dtype
 
+    def agree(self, held: Held) -> bool:
+        """Whether ranks have alike what they should: of each tensor there is one."""
+        return True
+
     def whole_shape(self, held: Held) -> tuple[int, ...]:
         """That of `whole`."""
         key, layer = self._entries[held.name]

@@ -128,6 +128,8 @@ class _MegatronWeights(Weights):
             {name: one.shape(self._shapes, rows) for name, one in held.items()},
             "the checkpoint",
         )
+        if torn := [name for name, one in held.items() if not files.agree(one)]:
+            raise ValueError(f"tensor-parallel ranks should have the same {', '.join(torn)}, and differ.")
         # Of one packed matrix several parameters are taken, one after another.
         self._last: tuple[str, Tensor] | None = None
 

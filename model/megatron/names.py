@@ -36,6 +36,7 @@ class Held:
         name: there, of the whole tensor.
         parts: the parameters it is made of, by Headway's names, in their order.
         groups: its rows are so many equal spans, each with some rows of every part: `[G, q.. k v]` for attention.
+        spans: tensor parallelism cuts so many equal spans of rows one by one: gate and up are cut each for itself.
         cut: the dimension along which tensor parallelism cuts it; None: every rank has all of it.
         padded: it has more rows than the parameter, so that their number is a round one.
     """
@@ -43,16 +44,9 @@ class Held:
     name: str
     parts: tuple[str, ...]
     groups: int = 1
+    spans: int = 1
     cut: Literal[0, 1] | None = None
     padded: bool = False
-
-    @property
-    def spans(self) -> int:
-        """Into how many spans of rows it falls that tensor parallelism cuts one by one.
-
-        A group of queries, keys and values stays together; gate and up are cut each for itself.
-        """
-        return max(1, len(self.parts)) if self.groups == 1 else 1
 
     def shape(self, shapes: dict[str, tuple[int, ...]], rows: int) -> tuple[int, ...]:
         """Of the whole tensor, from those of the parameters; of `rows` rows where it is padded."""
@@ -76,17 +70,11 @@ class Held:
         return taken.flatten(0, 1).contiguous()
 
     def merge(self, shards: list[Tensor]) -> Tensor:
-        """The whole tensor, from what each rank of tensor parallelism has of it.
-
-        Raises:
-            ValueError: ranks differ in what all of them should have alike.
-        """
+        """The whole tensor, from what each rank of tensor parallelism has of it; what all have alike, from the first."""
         if self.cut == 0:
             return torch.cat([shard.unflatten(0, (self.spans, -1)) for shard in shards], dim=1).flatten(0, 1)
         if self.cut == 1:
             return torch.cat(shards, dim=1)
-        if any(not torch.equal(shard, shards[0]) for shard in shards[1:]):
-            raise ValueError(f"{self.name} differs between tensor-parallel ranks, which should have it alike.")
         return shards[0]
 
     def merged_shape(self, shards: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -125,13 +113,14 @@ def _layer(layer: int, groups: int, gated: bool) -> list[Held]:
     found = [Held(f"{attention}{x}_layernorm.weight", (f"{here}mixer.{x}_norm.weight",)) for x in "qk"]
     for kind in ("weight", "bias"):
         row: Literal[1] | None = 1 if kind == "weight" else None
+        gate_up = tuple(f"{here}feedforward.{x}.{kind}" for x in into)
         queries_keys_values = tuple(f"{here}mixer.{x}.{kind}" for x in "qkv")
         found += [
             Held(f"{attention}linear_qkv.layer_norm_{kind}", (f"{here}mixer_norm.{kind}",)),
             Held(f"{attention}linear_qkv.{kind}", queries_keys_values, groups, cut=0),
             Held(f"{attention}linear_proj.{kind}", (f"{here}mixer.o.{kind}",), cut=row),
             Held(f"{mlp}linear_fc1.layer_norm_{kind}", (f"{here}feedforward_norm.{kind}",)),
-            Held(f"{mlp}linear_fc1.{kind}", tuple(f"{here}feedforward.{x}.{kind}" for x in into), cut=0),
+            Held(f"{mlp}linear_fc1.{kind}", gate_up, spans=len(gate_up), cut=0),
             Held(f"{mlp}linear_fc2.{kind}", (f"{here}feedforward.down.{kind}",), cut=row),
         ]
     return found

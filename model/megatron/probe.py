@@ -48,28 +48,30 @@ def on_cpu() -> Iterator[None]:
             setattr(module, name, function)
 
 
-def transformer_config(tables: dict[str, Any], tp: int = 1, pp: int = 1) -> Any:
-    """megatron-core's settings of a model that our tables describe: nothing fused, nothing dropped."""
+def transformer_config(arguments: dict[str, Any], tp: int = 1, pp: int = 1) -> Any:
+    """megatron-core's settings, from Megatron-LM's arguments as Megatron-LM understands them; nothing fused or dropped.
+
+    This goes by the arguments in the checkpoint and not by what Headway makes of them, which it is there to check.
+    """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    model, mixer = tables["model"], tables["mixers"]["softmax"]
-    gated = "swiglu" in tables["feedforwards"]
-    (feedforward,) = tables["feedforwards"].values()
-    gelu = partial(F.gelu, approximate="tanh" if feedforward.get("tanh") else "none")
+    has = arguments.get
+    bias = has("add_bias_linear", True)
     return TransformerConfig(
-        num_layers=model["num_layers"],
-        hidden_size=model["d_model"],
-        ffn_hidden_size=feedforward["d_ff"],
-        num_attention_heads=mixer["num_heads"],
-        num_query_groups=mixer["num_kv_heads"],
-        kv_channels=mixer["head_dim"],
-        qk_layernorm=mixer["qk_norm"],
-        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model["norm"]],
-        layernorm_epsilon=model["norm_eps"],
-        add_bias_linear=model["bias"],
-        add_qkv_bias=mixer["qkv_bias"] and not model["bias"],
-        gated_linear_unit=gated,
-        activation_func=F.silu if gated else gelu,
+        num_layers=has("num_layers"),
+        hidden_size=has("hidden_size"),
+        ffn_hidden_size=has("ffn_hidden_size"),
+        num_attention_heads=has("num_attention_heads"),
+        num_query_groups=has("num_query_groups") if has("group_query_attention") else None,
+        kv_channels=has("kv_channels"),
+        qk_layernorm=has("qk_layernorm", False),
+        normalization=has("normalization", "LayerNorm"),
+        layernorm_epsilon=has("norm_epsilon") or has("layernorm_epsilon") or 1e-5,
+        add_bias_linear=bias,
+        add_qkv_bias=has("add_qkv_bias", False),
+        gated_linear_unit=has("swiglu", False),
+        activation_func=_activation(arguments, bias),
+        rotary_interleaved=has("rotary_interleaved", False),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -85,25 +87,33 @@ def transformer_config(tables: dict[str, Any], tp: int = 1, pp: int = 1) -> Any:
     )
 
 
+def _activation(arguments: dict[str, Any], bias: bool) -> Any:
+    """Megatron's fused bias and GELU, and `--openai-gelu`, are the tanh approximation; its plain GELU is exact."""
+    if arguments.get("swiglu"):
+        return F.silu
+    fused = arguments.get("bias_gelu_fusion", True) and bias
+    return partial(F.gelu, approximate="tanh") if fused or arguments.get("openai_gelu") else F.gelu
+
+
 def build(request: dict[str, Any], *, first: bool = True, last: bool = True) -> Any:
     """The GPTModel, or a stage of it; `stages` in the request says of how many."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    tables = request["tables"]
-    model, mixer = tables["model"], tables["mixers"]["softmax"]
-    kinds = {"learned": "learned_absolute", "rope": "rope", "none": "none"}
-    config = transformer_config(tables, request["ranks"], request.get("stages", 1))
+    has = request["arguments"].get
+    config = transformer_config(request["arguments"], request["ranks"], request.get("stages", 1))
+    kind = "rope" if has("use_rotary_position_embeddings") else has("position_embedding_type", "learned_absolute")
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=mixer["qk_norm"], normalization=config.normalization),
+        get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization),
         vocab_size=request["rows"],
-        max_sequence_length=model["max_positions"] or len(request["tokens"][0]),
+        max_sequence_length=has("max_position_embeddings") or len(request["tokens"][0]),
         pre_process=first,
         post_process=last,
-        position_embedding_type=kinds[model["positions"]],
-        rotary_base=mixer["rope_theta"],
-        share_embeddings_and_output_weights=model["tie_embeddings"],
+        position_embedding_type=kind,
+        rotary_percent=has("rotary_percent") or 1.0,
+        rotary_base=has("rotary_base") or 10000,
+        share_embeddings_and_output_weights=not has("untie_embeddings_and_output_weights"),
         parallel_output=False,
     ).eval()
 
@@ -157,7 +167,7 @@ def answer(request: dict[str, Any], rank: int) -> Tensor:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, request["round_to"])))
-    return logits(model, torch.tensor(request["tokens"]))[..., : request["tables"]["model"]["vocab_size"]]
+    return logits(model, torch.tensor(request["tokens"]))[..., : request["vocab_size"]]
 
 
 def main(request_path: str, rank: int) -> None:

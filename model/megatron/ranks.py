@@ -58,8 +58,13 @@ class RankFiles:
         return self.shards[name][0].dtype
 
     def whole(self, held: Held) -> Tensor:
-        """One tensor, in the dtype it is stored in. Raises ValueError where ranks differ in what they should share."""
+        """One tensor, in the dtype it is stored in."""
         return held.merge(self.shards[held.name])
+
+    def agree(self, held: Held) -> bool:
+        """Whether the ranks have alike what they should."""
+        shards = self.shards[held.name]
+        return held.cut is not None or all(torch.equal(shard, shards[0]) for shard in shards[1:])
 
     def whole_shape(self, held: Held) -> tuple[int, ...]:
         """That of `whole`."""

@@ -49,10 +49,19 @@ def tables_of(kind: str, settings: dict[str, Any], **model: Any) -> dict[str, An
 
 
 def config_of(tables: dict[str, Any], **changes: Any) -> Any:
-    attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "qk_norm": False, "qkv_bias": False}
-    model = {"norm": "rmsnorm", "bias": False} | tables["model"]
-    config = transformer_config({**tables, "model": model, "mixers": {"softmax": attention}})
-    return dataclasses.replace(config, **changes)
+    """Of megatron-core, for such a model around the attention."""
+    model = tables["model"]
+    arguments = {
+        "num_layers": model["num_layers"],
+        "hidden_size": D,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "swiglu": True,
+        "normalization": "LayerNorm" if model.get("norm") == "layernorm" else "RMSNorm",
+        "norm_epsilon": model["norm_eps"],
+        "add_bias_linear": model.get("bias", False),
+    }
+    return dataclasses.replace(transformer_config(arguments), **changes)
 
 
 def gpt(config: Any, spec: Any) -> Any:

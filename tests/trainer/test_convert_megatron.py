@@ -7,7 +7,9 @@ import enum
 import io
 import json
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ SAYABLE = {name: KINDS[name][1] for name in ("llama, wide heads", "qwen3", "gpt2
     "grouped, tied, with biases": KINDS["llama tied, with biases"][1],
     "biases on queries, keys and values alone": decoder({"softmax": GROUPED | {"qkv_bias": True}}, SWIGLU),
     "tanh without biases, no positions": decoder({"softmax": GROUPED}, GELU, positions="none", norm="layernorm"),
+    "one head of keys": decoder({"softmax": GROUPED | {"num_kv_heads": 1}}, SWIGLU),
     "a vocabulary that needs no padding": decoder({"softmax": GROUPED}, SWIGLU, vocab_size=128),
 }
 
@@ -99,7 +102,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = MegatronFolder(folder / "out")
     content = {
         "folder": str(source.folder),
-        "tables": source.tables,
+        "arguments": check.plain(source.arguments),
         "rows": source.rows,
         "tokens": [[0]],
         "tp": 2,
@@ -218,9 +221,9 @@ def mixed_up(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
 
     def moved(held: names.Held) -> names.Held:
         if fault == "groups" and held.groups > 1:
-            return names.Held(held.name, held.parts, 1, held.cut)
+            return replace(held, groups=1)
         if fault == "gate and up" and "linear_fc1.weight" in held.name:
-            return names.Held(held.name, held.parts[::-1], held.groups, held.cut)
+            return replace(held, parts=held.parts[::-1])
         return held
 
     def packed(held: names.Held, parts: list[Tensor], rows: int) -> Tensor:
@@ -250,7 +253,7 @@ def test_a_mix_up_that_undoes_itself_is_caught(fault: str, tmp_path: Path, monke
 def test_settings_are_read_as_megatron_means_them(key: str, tmp_path: Path) -> None:
     """A setting that no tensor shows is what the export says, or its logits would be others."""
     special = {"rotary_base": ("mixers", "rope_theta", 500.0), "norm_epsilon": ("model", "norm_eps", 0.3)}
-    tables = decoder({"softmax": GROUPED}, SWIGLU)
+    tables = decoder({"softmax": dict(GROUPED)}, SWIGLU)
     section, name, value = special.get(key, ("mixers", "num_kv_heads", 1))
     part = tables[section]["softmax"] if section == "mixers" else tables[section]
     part[name] = value
@@ -276,3 +279,24 @@ def test_weights_of_a_rank_come_back_together() -> None:
     assert torch.equal(qkv.merge(shards), qkv.pack([q, k, v], 0)) and torch.equal(
         qkv.pack([q, k, v], 0)[:32], shards[0]
     )
+
+
+def test_one_group_is_not_cut_by_its_parts() -> None:
+    """Queries, keys and values of unequal widths, in one file of one rank."""
+    architecture = architecture_of(decoder({"softmax": GROUPED | {"num_kv_heads": 1}}, SWIGLU))
+    qkv = names.held_tensors(architecture)["decoder.layers.0.self_attention.linear_qkv.weight"]
+    whole = torch.randn(48, 32)
+    assert torch.equal(qkv.merge([whole]), whole) and torch.equal(qkv.merge([whole[:24], whole[24:]]), whole)
+
+
+def test_what_ranks_share_has_to_be_the_same(theirs: Path, tmp_path: Path) -> None:
+    ranks = ranks_of(theirs / "ranks")
+    ranks["mp_rank_01_001"]["model"]["decoder.final_layernorm.weight"][0] += 1
+    folder = write_ranks(tmp_path / "torn", ranks)
+    code, said = headway("convert", "from-megatron", str(folder), str(tmp_path / "back"))
+    assert code == 2 and "should have the same decoder.final_layernorm.weight, and differ" in said, said
+    del ranks["mp_rank_01_001"]["model"]["decoder.final_layernorm.weight"]
+    shutil.rmtree(folder)
+    code, said = headway("convert", "from-megatron", str(write_ranks(folder, ranks)), str(tmp_path / "back"))
+    assert code == 2 and "not all tensor-parallel ranks have decoder.final_layernorm.weight" in said, said
+    assert os.listdir(tmp_path) == ["torn"]
