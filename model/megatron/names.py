@@ -70,7 +70,7 @@ class Held:
         return taken.flatten(0, 1).contiguous()
 
     def merge(self, shards: list[Tensor]) -> Tensor:
-        """The whole tensor, from what each rank of tensor parallelism has of it; what all have alike, from the first."""
+        """The whole tensor, from what each rank of tensor parallelism has of it."""
         if self.cut == 0:
             return torch.cat([shard.unflatten(0, (self.spans, -1)) for shard in shards], dim=1).flatten(0, 1)
         if self.cut == 1:
