@@ -31,7 +31,7 @@ COMMANDS = {
     "upcycle bam": ("trainer.commands.upcycle:bam", "several dense models of one seed as one model of experts"),
     "upcycle mot": ("trainer.commands.upcycle_mot:mot", "a dense model with weights for each modality"),
     "report": ("trainer.commands.report:report", "one HTML page about a run"),
-    "doctor": ("trainer.commands.doctor:doctor", "what is installed and fast, what is missing"),
+    "doctor": ("trainer.commands.doctor:doctor", "what is installed and fast, what stands in the way"),
 }
 
 
