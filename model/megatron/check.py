@@ -50,6 +50,7 @@ def ask_megatron(
             "rows": source.rows,
             "ranks": tp,
             "distributed": isinstance(source.files, DistributedFiles),
+            "numbered": isinstance(source.files, DistributedFiles) and source.files.numbered,
             "ours": ours,
             "tokens": tokens.tolist(),
             "round_to": None if round_to is None else str(round_to).removeprefix("torch."),

@@ -64,6 +64,7 @@ class DistributedFiles:
     Attributes:
         tp: ranks of tensor parallelism that have to be put together: the tensors are whole.
         content: arguments and counters.
+        numbered: whether every layer has tensors of its own, named by its number.
 
     Raises:
         ValueError: another backend, or metadata that cannot be read.
@@ -86,6 +87,7 @@ class DistributedFiles:
         for key, entry in self._metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(_BESIDE):
                 self._note(key, entry)
+        self.numbered = any(LAYER.fullmatch(key) for key, _ in self._entries.values())
 
     def _note(self, key: str, entry: TensorStorageMetadata) -> None:
         if not key.startswith("decoder.layers.") or LAYER.fullmatch(key):

@@ -118,12 +118,17 @@ def build(request: dict[str, Any], *, first: bool = True, last: bool = True) -> 
     ).eval()
 
 
-def load_distributed(model: Any, folder: Path, everything: bool) -> None:
-    """Weights, and with `everything` what modules keep beside them, as megatron-core loads them."""
+def load_distributed(model: Any, folder: Path, *, everything: bool, numbered: bool = False) -> None:
+    """Weights, as megatron-core loads them.
+
+    Args:
+        everything: also what modules keep beside weights.
+        numbered: layers lie in the checkpoint each by itself.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    state = model.sharded_state_dict()
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": numbered})
     if not everything:
         state = {name: one for name, one in state.items() if not isinstance(one, ShardedObject)}
     _load(model, dist_checkpointing.load({"model": state}, str(folder))["model"])
@@ -160,7 +165,7 @@ def answer(request: dict[str, Any], rank: int) -> Tensor:
     folder = Path(request["folder"])
     model = build(request)
     if request["distributed"]:
-        load_distributed(model, folder, request["ours"])
+        load_distributed(model, folder, everything=request["ours"], numbered=request["numbered"])
     else:
         load_rank(model, folder, rank)
     if request["round_to"]:

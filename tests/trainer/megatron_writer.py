@@ -3,8 +3,8 @@
     python -P megatron_writer.py REQUEST.json RANK
 
 REQUEST: as for `model/megatron/probe.py`, with `tp`, `pp`, `out`. Its GPTModel is cut over tp x pp ranks and loads the
-distributed checkpoint; then it is written as `out/distributed` by its `dist_checkpointing.save`, and as `out/ranks` in
-the files of ranks that Megatron-LM writes with `--ckpt-format torch`.
+distributed checkpoint; then it is written as `out/distributed` and `out/numbered` by its `dist_checkpointing.save`, and
+as `out/ranks` in the files of ranks that Megatron-LM writes with `--ckpt-format torch`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model.megatron import probe
 
 
 def write(request: dict[str, Any], rank: int) -> None:
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
 
     tp, pp, out = request["tp"], request["pp"], Path(request["out"])
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
@@ -37,12 +37,28 @@ def write(request: dict[str, Any], rank: int) -> None:
     (files / name).mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict_for_save_checkpoint())
     torch.save(common | {"model": state, "iteration": 100}, files / name / "model_optim_rng.pt")
-    distributed = out / "distributed" / "iter_0000100"
-    distributed.mkdir(parents=True, exist_ok=True)
+    save(out / "distributed", common, model.sharded_state_dict())
+    # Newer ones have layers each by itself; and a run that goes on has more in it.
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    save(out / "numbered", common, state, rank, tp * pp)
+    (out / "ranks" / "latest_checkpointed_iteration.txt").write_text("100")
+
+
+def save(folder: Path, common: dict[str, Any], state: dict[str, Any], rank: int = 0, ranks: int = 0) -> None:
+    """Write a distributed checkpoint; with `ranks`, also something of an optimizer and of generators."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    beside: dict[str, Any] = {}
+    if ranks:
+        moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.w", torch.ones(4), (0, rank, ranks))
+        generator = ShardedObject("rng_state", [torch.get_rng_state()], (ranks,), (rank,))
+        beside = {"optimizer": moment, "rng_state": generator}
+    place = folder / "iter_0000100"
+    place.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(common | {"model": model.sharded_state_dict(), "iteration": 100}, str(distributed))
-    for kind in ("ranks", "distributed"):
-        (out / kind / "latest_checkpointed_iteration.txt").write_text("100")
+    dist_checkpointing.save(common | beside | {"model": state, "iteration": 100}, str(place))
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
     dist.barrier()
 
 

@@ -94,7 +94,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`step` of ours, `out` as exported, and what megatron-core has written at tp = 2 x pp = 2 after it loaded `out`:
-    `distributed` and `ranks`."""
+    `distributed`, `numbered` and `ranks`."""
     folder = tmp_path_factory.mktemp("theirs")
     tables = decoder({"softmax": GROUPED}, SWIGLU, num_layers=4, bias=True, tie_embeddings=True)
     step = write_step(folder / "step", tables)
@@ -115,7 +115,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["distributed", "ranks"])
+@pytest.mark.parametrize("kind", ["distributed", "numbered", "ranks"])
 def test_what_megatron_core_writes_comes_in(kind: str, theirs: Path, tmp_path: Path) -> None:
     """Written by its own classes at tp = 2 x pp = 2; files of ranks are checked in as many processes as tp says."""
     done("convert", "from-megatron", str(theirs / kind), str(tmp_path / "back"))
