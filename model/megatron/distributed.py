@@ -9,6 +9,7 @@ have a number in their names.
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ class DistributedFiles:
         numbered: whether every layer has tensors of its own, named by its number.
 
     Raises:
-        ValueError: another backend, or metadata that cannot be read.
+        ValueError: another backend, metadata that cannot be read, or files that are missing or cut short.
     """
 
     tp = 1
@@ -78,8 +79,9 @@ class DistributedFiles:
         self._reader = MegatronReader(folder)
         try:
             self._metadata = self._reader.read_metadata()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{folder / '.metadata'} cannot be read: {error}.") from error
+        self._check_files()
         self.content = load(folder / COMMON)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         # Canonical name -> entry, and the layer in it where it holds several.
@@ -88,6 +90,20 @@ class DistributedFiles:
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(_BESIDE):
                 self._note(key, entry)
         self.numbered = any(LAYER.fullmatch(key) for key, _ in self._entries.values())
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for place in self._metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        files = {name: self.folder / name for name in [*ends, COMMON]}
+        faults = [f"{path} is missing." for path in files.values() if not path.is_file()]
+        faults += [
+            f"{files[name]} is cut short: {size:,} bytes, and {end:,} are to be there."
+            for name, end in ends.items()
+            if files[name].is_file() and (size := files[name].stat().st_size) < end
+        ]
+        if faults:
+            raise ValueError(" ".join(faults))
 
     def _note(self, key: str, entry: TensorStorageMetadata) -> None:
         if not key.startswith("decoder.layers.") or LAYER.fullmatch(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,12 @@ def _rows_of(name: str) -> Held:
 
 
 def _arguments(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    if "args" not in content:
+    if not isinstance(content.get("args"), Namespace):
         raise ValueError(
             f"{folder} holds no arguments (args), which say what the model is: Megatron-LM writes them beside the "
             "weights; a checkpoint of megatron-core alone can be loaded in Megatron-LM and saved there."
         )
-    version = content.get("checkpoint_version", 0)
+    version = content.get("checkpoint_version") or 0
     if version < 3.0:
         raise ValueError(
             f"{folder} has checkpoint_version {version}, which packs queries, keys and values in another way; "

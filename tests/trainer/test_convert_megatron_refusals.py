@@ -98,6 +98,17 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
 
+def cut_shards_short(folder: Path) -> None:
+    first, *_ = sorted((folder / "release").glob("*.distcp"))
+    first.write_bytes(first.read_bytes()[:-1000])
+
+
+def lose_shards(folder: Path) -> None:
+    for path in (folder / "release").glob("*.distcp"):
+        path.unlink()
+    (folder / "release" / "common.pt").unlink()
+
+
 def another_backend(folder: Path) -> None:
     (folder / "release" / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
 
@@ -116,6 +127,13 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "code": (plant_code, ["asks for posix.system", "nothing in it was run"]),
     "code in the metadata": (plant_code_in_metadata, ["asks for posix.system"]),
     "a truncated file": (cut_short, ["common.pt is damaged or cut short (300 bytes)"]),
+    "truncated weights": (cut_shards_short, [".distcp is cut short"]),
+    "missing files": (lose_shards, [".distcp is missing", "common.pt is missing"]),
+    "no metadata": (lambda folder: (folder / "release" / ".metadata").unlink(), [".metadata cannot be read"]),
+    "damaged metadata": (
+        lambda folder: (folder / "release" / ".metadata").write_bytes(b"not a pickle") and None,
+        [".metadata cannot be read"],
+    ),
     "another backend": (another_backend, ["sharded_backend = 'zarr'", "torch_dist"]),
     "a tied head that is another": (
         change_arguments(untie_embeddings_and_output_weights=False),
