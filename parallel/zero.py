@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -134,7 +136,8 @@ class ZeroSpread(Spread):
         if self.zero.stage == 3:
             # A block's parameters come and go together, whichever of its modules use them.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        with contextlib.redirect_stdout(None):  # What it prints of memory, asked or not.
+        # It prints of memory, asked or not, and takes hold of the file behind stderr where it compiles an extension.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.__stderr__):
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=self.tables)
         known = {name: parameter for name, parameter in self.parameters.items() if name not in self.kept_whole}
         self._partitions = Partitions(self.engine, known, self.zero)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,9 @@ def _reads_asynchronously() -> bool:
     """Whether DeepSpeed's own operation for disks can be built here."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    return AsyncIOBuilder().is_compatible(verbose=False)
+    # It compiles a line, and takes hold of the file behind stderr meanwhile.
+    with contextlib.redirect_stderr(sys.__stderr__):
+        return AsyncIOBuilder().is_compatible(verbose=False)
 
 
 def engine_tables(zero: ZeroConfig, precision: str, micro_batch_size: int, microbatches: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ PHASES = {
     "while the model is built": ("trainer.run", "build_optimizer", 1, 1, 0),
     "in the data": ("trainer.data.training", "TrainingData.batch", 1, 3, 3),
     "in forward": ("model.stack", "Model.forward", 1, 3, 3),
-    "in the update": ("trainer.step", "clip_gradients", 0, 3, 4),
+    "in the update": ("parallel.spread", "clip_gradients", 0, 3, 4),
     "in validation": ("trainer.validation", "Validation._source_sums", 1, 1, 5),
     "in a save": ("trainer.checkpoint", "CheckpointWriter.save", 0, 1, 5),
 }

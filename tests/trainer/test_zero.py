@@ -91,7 +91,7 @@ def test_a_signal_to_one_rank_stops_all(pool: Pool, data: str, tmp_path: Path) -
     twin = run(pool, 2, config(tmp_path / "twin", data, 3))
     path = config(tmp_path / "stopped", data, 3)
     # In the fourth step, when gradients are there.
-    stopped = run(pool, 2, path, patch=Signalled(signal.SIGTERM, 1, "trainer.step", "gradient_norm", call=4))
+    stopped = run(pool, 2, path, patch=Signalled(signal.SIGTERM, 1, "parallel.spread", "gradient_norm", call=4))
     assert status(stopped)["state"] == "preempted"
     assert status(stopped)["step"] < 10
     run(pool, 2, path)
