@@ -10,7 +10,7 @@ Trains with torchrun, on this machine alone or together with others. On several 
 command on each at the same time, with its own --node-rank. A setting is a flag or a variable:
 
   --nodes N          NODES          how many nodes (1)
-  --node-rank R      NODE_RANK      which of them this is, from 0
+  --node-rank R      NODE_RANK      which of them this is, from 0 (a task of Slurm knows: SLURM_NODEID)
   --master ADDRESS   MASTER_ADDR    name or address of node 0
   --port P           MASTER_PORT    a free port of node 0 (29500)
   --processes P      PROCESSES      processes on each node (one for each GPU, or 1 without)
@@ -33,7 +33,7 @@ refuse() {
     exit 2
 }
 
-nodes=${NODES:-1} node_rank=${NODE_RANK:-} master=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
+nodes=${NODES:-1} node_rank=${NODE_RANK:-${SLURM_NODEID:-}} master=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
 interface=${INTERFACE:-} wait=${WAIT:-15} patience=${PATIENCE:-0} preempted=${PREEMPTED:-0} python=${PYTHON:-python}
 # torchrun counts GPUs itself, and refuses where there is none.
 processes=${PROCESSES:-$([ -e /dev/nvidia0 ] && echo gpu || echo 1)}

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,15 @@ def torchrun(hosts: Sequence[Host], processes: int, config: Path, *overrides: st
         )
         for rank, host in enumerate(hosts)
     ]
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody has at the moment, all different."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [found.getsockname()[1] for found in sockets]
 
 
 def wait_until(happened: Callable[[], bool], seconds: float, what: str) -> None:
