@@ -1,14 +1,13 @@
 """`python -m launch.rank --first FILE train CONFIG.toml ...`: one rank, where a launcher starts ranks itself.
 
 DeepSpeed's launcher takes few of the variables of the machine it is started on to the others, and starts ranks over
-ssh. So each rank finds out here what launch/torchrun.sh finds out for a node; and the first one writes into FILE how it
-can be asked for a stop: `HOST PID`. A signal to the launcher instead would give the ranks 30 s.
+ssh. So each rank finds out here what launch/torchrun.sh finds out for a node; and the first one writes into FILE which
+process it is, so that it can be asked for a stop. A signal to the launcher instead would give the ranks 30 s.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def main(argv: list[str]) -> int:
     if os.environ.get("RANK") == "0":
         file = Path(argv[1])
         partial = file.with_name(file.name + ".partial")
-        partial.write_text(f"{socket.gethostname()} {os.getpid()}\n")
+        partial.write_text(f"{os.getpid()}\n")
         os.replace(partial, file)
     from trainer.cli import main as trainer_main
 

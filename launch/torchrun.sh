@@ -66,17 +66,18 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # shellcheck source=launch/ending.sh
 source "$checkout/launch/ending.sh"
 
-run_folder=$("$python" -m launch.run_folder "$@") || exit
-note_status "$run_folder"
-
 # torchrun, asked to stop, gives its ranks 30 s and then kills them: too short for a large checkpoint. launch.agent asks
-# the ranks instead, and ends when they have ended.
-agent=
+# the ranks instead, and ends when they have ended. Before they have begun there is nothing to save.
+agent='' asked='' early=$((preempted ? preempted : 70))
 stop() {
-    [[ -n $agent ]] || exit 70
+    asked=yes
+    [[ -n $agent ]] || exit "$early"
     kill -TERM "$agent" 2>/dev/null || true
 }
 trap stop TERM USR1 INT
+
+run_folder=$("$python" -m launch.run_folder "$@") || exit
+note_status "$run_folder"
 
 if [[ $nodes == 1 ]]; then
     rendezvous=(--standalone)
@@ -106,4 +107,5 @@ wait_for "$agent"
 state=$(state_of_this_start "$code")
 code=$(exit_code_of "$code" "$state")
 [[ $code:$state != 0:preempted ]] || code=$preempted
+[[ $code:$state:$asked != 70::yes ]] || code=$early
 exit "$code"

@@ -89,18 +89,18 @@ def kubernetes(argv: list[str]) -> int:
     workdir = settings.workdir or settings.mount
     _checked(settings, script, run_folder_faults(settings.config, overrides, workdir, settings.mount))
     gpus = f'            limits:\n              nvidia.com/gpu: "{settings.processes}"'
-    text = settings.config.read_text()
+    lines = settings.config.read_text().rstrip("\n").split("\n")
     values = {
         "name": settings.job,
         "claim": settings.claim,
-        "configuration": "\n".join(f"    {line}".rstrip() for line in text.splitlines()),
+        "configuration": "\n".join(f"    {line}" if line else "" for line in lines),
         "retries": str(settings.retries),
         "backoff": str(settings.retries * settings.nodes),
         "grace": str(settings.grace),
         "image": settings.image,
         "workdir": workdir,
         "checkout": settings.checkout,
-        "arguments": json.dumps(["/etc/headway/config.toml", *overrides]),
+        "arguments": json.dumps(["/etc/headway/config.toml", *overrides], ensure_ascii=False),
         "port": str(settings.port),
         "patience": str(settings.patience),
         "cpus": str(settings.cpus * settings.processes),

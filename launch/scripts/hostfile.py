@@ -1,4 +1,4 @@
-"""Hostfiles as DeepSpeed's launcher reads them: `HOST slots=N` on each line; blank lines and `# comments` are passed over."""
+"""Hostfiles as DeepSpeed's launcher reads them: `HOST slots=N` on each line; empty lines and `# comments` aside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of `headway launch torchrun | deepspeed | slurm | kubernetes`, and what is wrong with them by themselves."""
+"""The settings of `headway launch torchrun | deepspeed | slurm | kubernetes`, and what is wrong with them alone."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ class SlurmSettings(Settings):
         if seconds is None:
             found.append(f"--time {self.time!r}: expected D-HH:MM:SS, HH:MM:SS or minutes, as 24:00:00.")
         elif self.grace >= seconds:
-            found.append(f"--grace {self.grace}: not before the time is over, which is {seconds} s (--time {self.time}).")
+            found.append(
+                f"--grace {self.grace}: not before the time is over, which is {seconds} s (--time {self.time})."
+            )
         words = {"name": self.name, "partition": self.partition, "account": self.account}
         return found + [
             f"--{option} {word!r}: expected one word of letters, digits and _.,-."

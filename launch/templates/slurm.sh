@@ -43,22 +43,25 @@ trap stop USR1 TERM
 
 # Which node each is, a task knows from Slurm. It does not inherit --cpus-per-task.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash {{checkout}}/launch/torchrun.sh \
-    --nodes {{nodes}} --processes {{processes}} --patience {{patience}} "${arguments[@]}" "$@" &
+    --nodes {{nodes}} --processes {{processes}} --patience {{patience}} --preempted 75 "${arguments[@]}" "$@" &
 step=$!
 wait_for "$step"
 state=$(state_of_this_start "$code")
+# A signal came before the run had begun.
+[[ $code:$state != 75: ]] || state=preempted
 code=$(exit_code_of "$code" "$state")
+step_now=$(status_says step)
 echo "This start (number $((${SLURM_RESTART_COUNT:-0} + 1))) has ended: ${state:-nothing in status.json}, code $code."
 [[ $state == preempted ]] || exit "$code"
 
 # Stopped by a signal, with a checkpoint: back into the queue, unless somebody has cancelled the job, or it is of no use.
 if ! scontrol show job -o "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
     echo "The job is no longer meant to run: it is not put back into the queue. sbatch again goes on."
-elif ((${SLURM_RESTART_COUNT:-0} > 0 && $(status_says step) <= ${step_before:-0})); then
+elif ((${SLURM_RESTART_COUNT:-0} > 0 && ${step_now:-0} <= ${step_before:-0})); then
     echo "Since step ${step_before:-0} this start has made no step: the job is not put back into the queue." >&2
     code=70
 else
-    echo "Put back into the queue; it goes on from step $(status_says step)."
+    echo "Put back into the queue; it goes on from step ${step_now:-0}."
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

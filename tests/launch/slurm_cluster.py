@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch.hosts import ROOT, free_ports, wait_until
+from launch.cli import main as headway
+from tests.launch.hosts import free_ports, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 SECONDS_TO_START = 60
@@ -190,10 +192,25 @@ def _logs(folder: Path) -> str:
 
 def script(folder: Path, config: Path, *settings: str) -> Path:
     """`headway launch slurm` for two nodes of one process each, with the code of this checkout."""
-    out = folder / "job.sh"
-    from launch.cli import main
+    argv = [str(config), "--nodes", "2", "--processes", "1", "--cpus", "1", "--device", "cpu", "--out", "job.sh"]
+    with contextlib.chdir(folder):
+        assert headway(["launch", "slurm", *argv, *settings]) == 0
+    return folder / "job.sh"
 
-    argv = [str(config), "--nodes", "2", "--processes", "1", "--cpus", "1", "--device", "cpu", "--out", str(out)]
-    assert main(["launch", "slurm", *argv, *settings]) == 0
-    assert str(ROOT) in out.read_text()
-    return out
+
+def main() -> int:
+    """For a trial by hand: a cluster in FOLDER until Ctrl-C."""
+    if len(sys.argv) != 2 or why_not():
+        print(why_not() or "usage: python -m tests.launch.slurm_cluster FOLDER", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1]).absolute()
+    folder.mkdir(parents=True)
+    with cluster(folder), contextlib.suppress(KeyboardInterrupt):
+        print(f"Two nodes, n1 and n2, until Ctrl-C. Elsewhere: export SLURM_CONF={folder}/slurm.conf", flush=True)
+        print("Their names mean nothing outside Slurm, so for jobs: export MASTER_ADDR=127.0.0.1", flush=True)
+        signal.pause()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

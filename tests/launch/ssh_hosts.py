@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,9 @@ Host {name}
 
 def why_not() -> str:
     """Why there can be no such hosts here; empty where there can."""
-    missing = [name for name in ("sshd", "ssh", "ssh-keygen", "pdsh", "setsid") if shutil.which(name, path=_path()) is None]
+    missing = [
+        name for name in ("sshd", "ssh", "ssh-keygen", "pdsh", "setsid") if shutil.which(name, path=_path()) is None
+    ]
     if missing:
         return f"needs {', '.join(missing)} (apt-get install openssh-server pdsh)"
     if os.geteuid() != 0:
@@ -106,10 +110,30 @@ def ssh_hosts(folder: Path, hosts: Sequence[Host] = ()) -> Iterator[Hosts]:
             settings, log = folder / f"{place['name']}.sshd", folder / f"{place['name']}.log"
             settings.write_text(SERVER.format(**place))
             started.servers.append(psutil.Popen([*prefix, program, "-D", "-f", str(settings), "-E", str(log)]))
-            wait_until(lambda log=log: "listening on" in (log.read_text() if log.exists() else ""), 30, f"{log} says so")
+            wait_until(
+                lambda log=log: "listening on" in (log.read_text() if log.exists() else ""), 30, f"{log} says so"
+            )
         yield started
     finally:
         for process in [*started.processes, *started.servers]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(started.servers, timeout=10)
+
+
+def main() -> int:
+    """For a trial by hand: the hosts, with what belongs to them in FOLDER, until Ctrl-C."""
+    if len(sys.argv) != 2 or why_not():
+        print(why_not() or "usage: python -m tests.launch.ssh_hosts FOLDER", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1]).absolute()
+    folder.mkdir(parents=True)
+    with ssh_hosts(folder), contextlib.suppress(KeyboardInterrupt):
+        print(f"node1 and node2, until Ctrl-C. Elsewhere: export PATH={folder}/bin:$PATH", flush=True)
+        print(f"The hostfile is {folder}/hostfile; give --master 127.0.0.1.", flush=True)
+        signal.pause()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,11 +85,11 @@ class Start:
 
 
 def write_script(hosts: ssh_hosts.Hosts, folder: Path, config: Path, *overrides: str) -> Path:
-    out = folder / "start.sh"
     argv = [str(config), "--nodes", "2", "--processes", "2", "--hostfile", str(hosts.folder / "hostfile")]
-    argv += ["--master", hosts.master, "--port", str(free_ports(1)[0]), "--out", str(out), "--overwrite"]
-    assert main(["launch", "deepspeed", *argv, *overrides]) == 0
-    return out
+    argv += ["--master", hosts.master, "--port", str(free_ports(1)[0]), "--out", "start.sh", "--overwrite"]
+    with contextlib.chdir(folder):
+        assert main(["launch", "deepspeed", *argv, *overrides]) == 0
+    return folder / "start.sh"
 
 
 def test_two_hosts_are_stopped_and_go_on_as_their_twin(pool: Pool, loopback: ssh_hosts.Hosts, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from launch.agent import ending
 from launch.run_folder import run_folder
-from tests.launch.hosts import ROOT, wait_until
+from tests.launch.hosts import ROOT, free_ports, wait_until
 from tests.trainer.runs import status, write_config, write_tokens
 from trainer.metrics import read_metrics
 
@@ -57,6 +57,24 @@ def test_a_signal_to_the_script_leaves_a_checkpoint_and_a_later_refusal_ends_wit
     assert status(run_dir) == found
 
 
+@pytest.mark.parametrize(("settings", "code"), [((), 70), (("--preempted", "75"), 75)])
+def test_a_stop_before_there_are_ranks(settings: tuple[str, ...], code: int) -> None:
+    """The second node never comes: what is stopped is a patient preflight."""
+    alone = ("--nodes", "2", "--node-rank", "0", "--master", "127.0.0.1", "--port", str(free_ports(1)[0]))
+    process = torchrun_script(*alone, "--wait", "1", "--patience", "600", *settings, "configs/quickstart.toml")
+    try:
+        assert process.stdout is not None
+        said = ""
+        while "The preflight is tried again" not in said:
+            assert (line := process.stdout.readline()), said
+            said += line
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, said + rest
+
+
 @pytest.mark.parametrize(
     ("argv", "variables", "sentence"),
     [
@@ -64,6 +82,7 @@ def test_a_signal_to_the_script_leaves_a_checkpoint_and_a_later_refusal_ends_wit
         (["--node", "2", "c.toml"], {}, "--node is no setting"),
         (["--nodes", "none", "c.toml"], {}, "--nodes none: expected a number"),
         (["--nodes"], {}, "--nodes has no value"),
+        (["--patience", "long", "c.toml"], {}, "--patience long: expected a whole number"),
         (["none.toml"], {}, "none.toml cannot be read"),
         (["--nodes", "2", "--node-rank", "0", "configs/quickstart.toml"], {}, "--master is missing"),
         (["configs/quickstart.toml"], {"NODES": "2", "MASTER_ADDR": "10.0.0.1"}, "--node-rank is missing"),
