@@ -158,9 +158,9 @@ class KubernetesSettings(Settings):
     """The container image: Python, torch, and Headway with what it needs."""
     claim: str
     """The PersistentVolumeClaim, ReadWriteMany, with the data, on which the run folder is written."""
-    mount: str = "/mnt/headway"
+    mount: str = "/shared"
     """Where pods see it."""
-    checkout: str = "/workspace/headway"
+    checkout: str = "/opt/headway"
     """Where Headway lies in the image."""
     workdir: str | None = None
     """From where relative paths are seen. Default: the mount."""

@@ -129,7 +129,7 @@ def test_hostfiles(text: str | None, nodes: int, processes: int, faults: list[st
         ),
         (
             ("kubernetes", QUICKSTART, *TWO_BY_TWO, *OWN["kubernetes"], "--workdir", "/opt/headway"),
-            'run.dir = "runs/quickstart" is /opt/headway/runs/quickstart in a pod, outside the claim at /mnt/headway',
+            'run.dir = "runs/quickstart" is /opt/headway/runs/quickstart in a pod, outside the claim at /shared',
         ),
     ],
 )

@@ -66,7 +66,8 @@ def test_a_stop_before_there_are_ranks(settings: tuple[str, ...], code: int) -> 
         assert process.stdout is not None
         said = ""
         while "The preflight is tried again" not in said:
-            assert (line := process.stdout.readline()), said
+            line = process.stdout.readline()
+            assert line, said
             said += line
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=60)
