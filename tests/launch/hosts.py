@@ -162,3 +162,12 @@ def wait_until(happened: Callable[[], bool], seconds: float, what: str) -> None:
     while not happened():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.1)
+
+
+def until_told() -> None:
+    """Wait for Ctrl-C or SIGTERM, which then end nothing by themselves."""
+    awaited = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    signal.sigwait(awaited)
+    # What is started from here on, to clean up, is to hear them again.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)

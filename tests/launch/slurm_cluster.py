@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import main as headway
-from tests.launch.hosts import free_ports, wait_until
+from tests.launch.hosts import free_ports, until_told, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 SECONDS_TO_START = 60
@@ -138,7 +137,15 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     def serve(name: str, *command: str) -> None:
         with (folder / f"{name}.out").open("w") as output:
             servers.append(
-                subprocess.Popen(command, env=made.environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+                subprocess.Popen(
+                    command,
+                    env=made.environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                    # Ctrl-C is for us, who end them in order.
+                    start_new_session=True,
+                )
             )
 
     try:
@@ -205,10 +212,10 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[1]).absolute()
     folder.mkdir(parents=True)
-    with cluster(folder), contextlib.suppress(KeyboardInterrupt):
+    with cluster(folder):
         print(f"Two nodes, n1 and n2, until Ctrl-C. Elsewhere: export SLURM_CONF={folder}/slurm.conf", flush=True)
         print("Their names mean nothing outside Slurm, so for jobs: export MASTER_ADDR=127.0.0.1", flush=True)
-        signal.pause()
+        until_told()
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launch.hosts import Host, free_ports, wait_until
+from tests.launch.hosts import Host, free_ports, until_told, wait_until
 
 SERVER = """\
 ListenAddress {address}:{port}
@@ -109,7 +108,9 @@ def ssh_hosts(folder: Path, hosts: Sequence[Host] = ()) -> Iterator[Hosts]:
         for prefix, place in zip(prefixes, places, strict=True):
             settings, log = folder / f"{place['name']}.sshd", folder / f"{place['name']}.log"
             settings.write_text(SERVER.format(**place))
-            started.servers.append(psutil.Popen([*prefix, program, "-D", "-f", str(settings), "-E", str(log)]))
+            started.servers.append(
+                psutil.Popen([*prefix, program, "-D", "-f", str(settings), "-E", str(log)], start_new_session=True)
+            )
             wait_until(
                 lambda log=log: "listening on" in (log.read_text() if log.exists() else ""), 30, f"{log} says so"
             )
@@ -128,10 +129,10 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[1]).absolute()
     folder.mkdir(parents=True)
-    with ssh_hosts(folder), contextlib.suppress(KeyboardInterrupt):
+    with ssh_hosts(folder):
         print(f"node1 and node2, until Ctrl-C. Elsewhere: export PATH={folder}/bin:$PATH", flush=True)
         print(f"The hostfile is {folder}/hostfile; give --master 127.0.0.1.", flush=True)
-        signal.pause()
+        until_told()
     return 0
 
 
