@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.agent import ending
@@ -23,7 +25,11 @@ SCRIPT = str(ROOT / "launch/torchrun.sh")
 def torchrun_script(*argv: str, **variables: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PROCESSES": "1"} | variables
     return subprocess.Popen(
-        [SCRIPT, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [SCRIPT, *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -92,6 +98,26 @@ def test_a_stop_before_there_are_ranks(settings: tuple[str, ...], code: int) -> 
 def test_what_is_missing_is_refused(argv: list[str], variables: dict[str, str], sentence: str) -> None:
     code, said = ended(*argv, **variables)
     assert (code, sentence in said) == (2, True), said
+
+
+def test_a_scheduler_may_signal_any_process(tmp_path: Path) -> None:
+    """Slurm signals every process of a job: of SIGUSR1 torchrun alone would die, and leave its ranks behind."""
+    config = write_config(tmp_path, write_tokens(tmp_path / "walk"), schedule={"steps": 20_000})
+    run_dir = tmp_path / "run"
+    process = torchrun_script(str(config))
+    started: list[psutil.Process] = []
+    try:
+        wait_until(lambda: len(read_metrics(run_dir)) >= 3, SECONDS, "three steps")
+        started = psutil.Process(process.pid).children(recursive=True)
+        os.kill(started[0].pid, signal.SIGUSR1)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        for left_behind in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left_behind.kill()
+    assert process.returncode == 0, said
+    assert status(run_dir)["state"] == "preempted"
 
 
 def test_help() -> None:
