@@ -19,6 +19,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from model.fragments import LoadPlanner
+
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
@@ -70,7 +72,7 @@ def read_tensors(state: dict[str, Any], folder: Path, *, alone: bool = False) ->
     with torch.no_grad(), warnings.catch_warnings():
         # Without a process group, torch warns that it assumes what is said here.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, storage_reader=TensorReader(folder), no_dist=alone)
+        dcp.load(state, storage_reader=TensorReader(folder), planner=LoadPlanner(), no_dist=alone)
 
 
 class _LazyPlanner(DefaultSavePlanner):

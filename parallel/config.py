@@ -31,6 +31,16 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again: nothing, all but linear maps and fused attention, or everything."""
     engine: Literal["torch", "deepspeed"] = "torch"
-    """What carries data parallelism."""
+    """What carries data parallelism: torch's FSDP2, or DeepSpeed's ZeRO, without tp, pp, cp and ep."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed: what is cut over all ranks: optimizer states (1), gradients too (2), parameters too (3). 0: as
+    deepspeed_config says, or 2."""
+    offload_optimizer: Literal["none", "cpu"] | None = None
+    """DeepSpeed: where optimizer states are kept and updated. Default: as deepspeed_config says, or none."""
+    offload_parameters: Literal["none", "cpu"] | None = None
+    """DeepSpeed, zero_stage 3: where parameters wait for their turn. Default: as deepspeed_config says, or none."""
+    deepspeed_config: str = ""
+    """A DeepSpeed JSON of your own: what it says of speed and memory is taken, and the rest must agree with this
+    configuration."""
     node_timeout: float = 30.0
     """Seconds without a sign of life from another node after which the run ends and names it; 0: wait for ever."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.feedforward.experts import Experts
-from model.initialisation import all_inits, draw
+from model.fragments import Fragment
+from model.initialisation import Init, all_inits, draw
 from model.stack import Model
 
 View = Callable[[str, Tensor], Tensor]
@@ -34,9 +35,11 @@ def shard(model: Model, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, bf16: bool
     """
     if mesh.size() == 1 and not bf16:
         return
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    # Inputs are left as they are: the stream is bf16 by itself, and FSDP would look into the context, where rotary
+    # tables have to stay fp32.
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else wide
     if bf16:
-        wide = MixedPrecisionPolicy(cast_forward_inputs=False)
         for module in list(model.modules()):
             if getattr(module, "keep_fp32", False):
                 fully_shard(module, mesh=mesh, mp_policy=wide, reshard_after_forward=not keep_gathered)
@@ -52,20 +55,37 @@ def initialise(model: Model, seed: int, device: torch.device, view: View = lambd
     """Give a model on the meta device its memory and its initial values; each rank draws only what it holds."""
     inits = all_inits(model)
     model.to_empty(device=device)
+    draw_all({name: view(name, parameter) for name, parameter in model.named_parameters()}, inits, seed)
+
+
+def draw_all(parameters: Mapping[str, Tensor | Fragment], inits: Mapping[str, Init], seed: int) -> None:
+    """Initial values of parameters, as parts of the whole model's."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            whole = view(name, parameter)
-            local, rows, columns = held(whole)
-            part = draw(name, inits[name], whole.shape, seed, rows)
-            local.copy_(part[(slice(None), *columns)])
+        for name, parameter in parameters.items():
+            for local, rows, columns in held_boxes(parameter):
+                part = draw(name, inits[name], parameter.shape, seed, rows)
+                local.copy_(part[(slice(None), *columns)])
 
 
-def fill(parameters: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+def fill(parameters: Mapping[str, Tensor | Fragment], read: Callable[[str], Tensor]) -> None:
     """Copy values into parameters, as parts of the whole model's. `read` gives a whole parameter by its name."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            local, rows, columns = held(parameter)
-            local.copy_(read(name)[rows.start : rows.stop][(slice(None), *columns)])
+            boxes = list(held_boxes(parameter))
+            whole = read(name) if boxes else None
+            for local, rows, columns in boxes:
+                assert whole is not None
+                local.copy_(whole[rows.start : rows.stop][(slice(None), *columns)])
+
+
+def held_boxes(parameter: Tensor | Fragment) -> Iterator[tuple[Tensor, range, tuple[slice, ...]]]:
+    """As `held`, also of a fragment, which is none to several boxes."""
+    if not isinstance(parameter, Fragment):
+        yield held(parameter)
+        return
+    for offsets, values in parameter.boxes():
+        columns = zip(offsets[1:], values.shape[1:], strict=True)
+        yield values, range(offsets[0], offsets[0] + len(values)), tuple(slice(o, o + size) for o, size in columns)
 
 
 def held(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:

@@ -7,6 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, get_args
 
 from parallel.config import ParallelConfig
+from parallel.zero_config import engine_faults
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,20 +107,12 @@ def layout_faults(
     if wrong:
         return [f"parallel.{name} = {sizes[name]} must be at least 1." for name in wrong]
     layout = resolve_layout(config, world_size)
-    faults = _world_faults(layout, world_size)
+    faults = _world_faults(layout, world_size) + engine_faults(config, compiled=compiled)
     faults += _batch_faults(layout, global_batch_size)
     faults += _model_faults(layout, architecture)
     faults += _schedule_faults(config, layout, architecture, compiled)
     faults += _sequence_faults(config, layout, architecture, seq_len, isolate_documents)
     return faults + _expert_faults(layout, architecture)
-
-
-def unbuilt_faults(config: ParallelConfig) -> list[str]:
-    """What is legal, but not carried by this version."""
-    faults = []
-    if config.engine != "torch":
-        faults.append(f'parallel.engine = "{config.engine}": this version has the engine "torch" only.')
-    return faults
 
 
 def _world_faults(layout: Layout, world_size: int) -> list[str]:

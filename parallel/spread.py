@@ -27,6 +27,7 @@ from parallel.context import SequenceCut
 from parallel.data import held, initialise, local, release_gathered, shard, synchronise_gradients
 from parallel.entropy import SpreadEntropyPenalty, threshold_name
 from parallel.experts import SpreadExperts, expert_names, keep_share
+from parallel.gradients import counts_here
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, observed, recompute_blocks
@@ -137,6 +138,7 @@ class Spread:
         self._of_experts = expert_names(uncut)
         self._untrained = {name for name, parameter in uncut.named_parameters() if not parameter.requires_grad}
         self.kept_rows = KeptRows({}, self.whole, [])
+        self._counted: set[str] | None = None
         self.pipeline = None
         if self.layout.pp > 1:
             held = cast("list[Stage]", stages)
@@ -200,6 +202,19 @@ class Spread:
     def learned(self) -> dict[str, nn.Parameter]:
         """All that an optimizer may know here: the parameters, and those beside the model."""
         return self.parameters | self.beside
+
+    @property
+    def apart(self) -> set[str]:
+        """Those that are plain tensors, whole and alike on every process, where others are cut."""
+        return set(self.beside)
+
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """After `train`: all gradients here, and those of them that count here in the global norm."""
+        trained = {name: p for name, p in self.learned.items() if p.requires_grad}
+        if self._counted is None:
+            self._counted = {name for name, p in trained.items() if counts_here(self.whole(name, p))}
+        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        return list(found.values()), [gradient for name, gradient in found.items() if name in self._counted]
 
     def initialise(self, seed: int) -> None:
         """Memory and initial values for what was built on the meta device. Collective."""
@@ -278,11 +293,23 @@ class Spread:
             return self.pipeline.train(batch, objective, scale)
         nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
-            synchronise_gradients(self.stages[0], index == self.layout.microbatches - 1)
-            nats_BN = token_nats(self.stages[0], objective, part)
-            (nats_BN.sum() * scale).backward()
+            self._reduce_after(index == self.layout.microbatches - 1)
+            nats_BN = token_nats(self.runs, objective, part)
+            self._backward(nats_BN.sum() * scale)
             nats += sums(nats_BN, part.target_modalities, self.modalities)
         return nats
+
+    @property
+    def runs(self) -> nn.Module:
+        """What is called, where there is no pipeline: the model."""
+        return self.stages[0]
+
+    def _reduce_after(self, last: bool) -> None:
+        """Whether the coming backward is that of the last micro-batch, after which gradients are reduced."""
+        synchronise_gradients(self.stages[0], last)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     @torch.no_grad()
     def _count_choices(self, batch: Batch) -> None:
@@ -303,7 +330,7 @@ class Spread:
             return self._told(self.pipeline.evaluate(batch, objective))
         nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         for part in batch.micro_batches(self.layout.microbatches):
-            nats += sums(token_nats(self.stages[0], objective, part), part.target_modalities, self.modalities)
+            nats += sums(token_nats(self.runs, objective, part), part.target_modalities, self.modalities)
         return self._told(nats)
 
     @torch.no_grad()
@@ -399,11 +426,15 @@ class Spread:
     @torch.no_grad()
     def finish_update(self) -> None:
         """An optimizer has changed the parameters: what follows them, or moves once in each update. Collective."""
+        self._move_selection()
+        self.update_copies()
+
+    @torch.no_grad()
+    def _move_selection(self) -> None:
         for name, move in self._selection.moves.items():
             if name in self.parameters and name not in self.frozen:
                 here, rows, _ = held(self.whole(name, self.parameters[name]))
                 here += move[rows.start : rows.stop].to(here)
-        self.update_copies()
 
     @torch.no_grad()
     def update_copies(self) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from model.folders import MANIFEST, describe_files, step_folder, step_folders, step_of
+from model.fragments import SavePlanner
 from model.hf.source import Source, StepFolder
 from model.order import change_of, orders_of
 from model.shards import read_tensors, tensor_shapes
@@ -140,7 +141,8 @@ class CheckpointWriter:
             self.pending = Future()
             self.pending.set_exception(OSError(failure))
             return
-        response = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
+        writer = dcp.FileSystemWriter(partial)
+        response = dcp.async_save(state, storage_writer=writer, planner=SavePlanner(), process_group=self.group)
         assert isinstance(response, Future)
         self.pending = self.background.submit(self._finish, response, partial, final, step, time.monotonic())
 

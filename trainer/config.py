@@ -18,12 +18,13 @@ from model.settings import architecture_tables, build, build_architecture, witho
 from model.stack import Model
 from model.untie import UntieConfig
 from parallel.config import ParallelConfig
-from parallel.mesh import layout_faults, unbuilt_faults
+from parallel.mesh import layout_faults
 from parallel.processes import Process
 from trainer.data.config import DataConfig
 from trainer.data.modalities import differing_ranges, unseen_modalities
 from trainer.metrics import MetricsConfig
 from trainer.objective import ObjectiveConfig
+from trainer.zero import zero_faults
 
 
 class Refused(ValueError):
@@ -424,8 +425,14 @@ def _layout_faults(sections: dict[str, Any], architecture: Architecture | None, 
     shape: dict[str, Any] = {
         name: getattr(data, name) for name in ("seq_len", "global_batch_size", "isolate_documents")
     }
-    compiled = sections["run"] is not None and sections["run"].compile
-    return layout_faults(parallel, world_size, architecture, **shape, compiled=compiled) + unbuilt_faults(parallel)
+    run = sections["run"]
+    faults = layout_faults(parallel, world_size, architecture, **shape, compiled=run is not None and run.compile)
+    return faults + zero_faults(sections, world_size, default_precision(None if run is None else run.precision))
+
+
+def default_precision(asked: str | None) -> str:
+    """Of matrix products, where the configuration does not say: bf16 on GPUs, fp32 on CPUs."""
+    return asked or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
 def _file_faults(data: DataConfig | None, model: ModelConfig | None, untie: UntieConfig | None) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.stack import undecayed_names
 from parallel.muon import Muon
 from parallel.spread import Spread
+from parallel.zero import ZeroAdamW, ZeroSpread
 from trainer.config import OptimizerConfig, ScheduleConfig
 
 
@@ -31,39 +32,28 @@ def build_optimizer(
     Raises:
         ValueError: a pattern that no parameter matches, or nothing left to train.
     """
-    names = [name for name, _ in model.uncut.named_parameters()]
-    model.freeze(frozen_names([*names, *model.beside], frozen))
+    shapes = {name: parameter.shape for name, parameter in model.uncut.named_parameters()}
+    model.freeze(frozen_names([*shapes, *model.beside], frozen))
     undecayed = {name for stage in model.stages for name in undecayed_names(stage)} | model.reparam.undecayed
-    groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
-    beside: dict[float, list[Tensor]] = {}
+    # A stage of a pipeline may have nothing for one of the groups, or nothing that is trained at all.
+    cut: _Groups = {(config.weight_decay, 1.0): [], (0.0, 1.0): []}
+    # A fused update does not take plain tensors together with sharded ones: what is apart has groups of its own.
+    apart: _Groups = {}
     matrices: list[str] = []
     for name, parameter in model.learned.items():
         if not parameter.requires_grad:
             continue
-        decayed = parameter.ndim >= 2 and name not in undecayed
-        if name in model.beside:
-            # Plain tensors, which a fused update does not take together with sharded ones.
-            beside.setdefault(lr_factors.get(name, 1.0), []).append(parameter)
-        elif config.kind == "muon" and decayed and parameter.ndim == 2 and name.startswith("layers."):
+        ndim = len(shapes.get(name, ()))
+        decayed = ndim >= 2 and name not in undecayed
+        if config.kind == "muon" and decayed and ndim == 2 and name.startswith("layers."):
             matrices.append(name)
-        else:
-            groups[config.weight_decay if decayed else 0.0].append(parameter)
-    adamw = torch.optim.AdamW(
-        # A stage of a pipeline may have nothing for one of the groups, or nothing that is trained at all.
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
-        + [{"params": found, "weight_decay": 0.0, "lr_factor": factor} for factor, found in beside.items()],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
-    for group in adamw.param_groups:
-        for parameter in group["params"]:
-            adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            continue
+        group = (config.weight_decay if decayed else 0.0, lr_factors.get(name, 1.0))
+        (apart if name in model.apart else cut).setdefault(group, []).append(parameter)
+    if isinstance(model, ZeroSpread):
+        partitions = model.start(_adamw(config, cut))
+        return ZeroAdamW(model, partitions, _with_state(_adamw(config, apart)) if apart else None)
+    adamw = _with_state(_adamw(config, cut, apart))
     if config.kind == "adamw":
         return adamw
     return Muon(
@@ -77,6 +67,36 @@ def build_optimizer(
         ns_steps=config.ns_steps,
         adjust_lr=config.adjust_lr,
     )
+
+
+_Groups = dict[tuple[float, float], list[Tensor]]
+"""(Weight decay, factor of the learning rate) -> parameters."""
+
+
+def _adamw(config: OptimizerConfig, *groups: _Groups) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+            for part in groups
+            for (decay, factor), parameters in part.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def _with_state(adamw: torch.optim.AdamW) -> torch.optim.AdamW:
+    """All state is there from the beginning."""
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return adamw
 
 
 def frozen_names(names: list[str], patterns: list[str]) -> set[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from model.folders import check_files, newest_complete, read_manifest, step_of
 from model.settings import without_none
 from parallel.processes import Process
-from trainer.config import FREE_SECTIONS, SECTIONS, Config, Refused
+from trainer.config import FREE_SECTIONS, SECTIONS, Config, Refused, default_precision
 
 
 @dataclass
@@ -43,7 +43,7 @@ def make_plan(config: Config, process: Process) -> Plan:
         Refused: everything that stands against this start, at once.
     """
     run_dir = Path(config.run.dir)
-    plan = Plan(precision=config.run.precision or ("bf16" if process.device_type == "cuda" else "fp32"))
+    plan = Plan(precision=default_precision(config.run.precision))
     plan.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
     plan.fingerprint = _fingerprint(config)
     faults = _choose_start(config, run_dir, plan)

@@ -14,9 +14,11 @@ from model.files import write_json
 from model.hf.source import open_model
 from model.objective import OBJECTIVES
 from parallel.data import sum_over_ranks
-from parallel.mesh import build_mesh, resolve_layout
+from parallel.mesh import Mesh, build_mesh, resolve_layout
 from parallel.processes import Process, from_first_rank
 from parallel.spread import Spread, spread
+from parallel.zero import spread_by_zero
+from parallel.zero_config import resolve_zero
 from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, load_weights, training_state
 from trainer.config import Config
 from trainer.data.evaluation import validation_sets
@@ -110,16 +112,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     mesh = build_mesh(resolve_layout(config.parallel, process.world_size), process.device_type)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    model = spread(
-        config.architecture,
-        mesh,
-        process.device,
-        precision=plan.precision,
-        seq_len=config.data.seq_len,
-        recompute=config.parallel.recompute,
-        compiled=config.run.compile,
-        reparam=config.reparam,
-    )
+    model = _spread(config, plan.precision, mesh, process.device)
     model.initialise(config.run.seed)
     lr_factors = add_auxiliary_losses(model, config)
     optimizer = build_optimizer(model, config.optimizer, config.run.freeze, lr_factors)
@@ -173,6 +166,19 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
             peak_flops=peak,
         )
         checkpoints.close()
+
+
+def _spread(config: Config, precision: str, mesh: Mesh, device: torch.device) -> Spread:
+    """This process's part of the model, by the engine that the configuration names."""
+    how: dict[str, Any] = {
+        "precision": precision,
+        "recompute": config.parallel.recompute,
+        "compiled": config.run.compile,
+    }
+    if (zero := resolve_zero(config.parallel)) is not None:
+        rows = config.data.global_batch_size // mesh.layout.data_parallel // mesh.layout.microbatches
+        return spread_by_zero(config.architecture, mesh, device, zero, micro_batch_size=rows, **how)
+    return spread(config.architecture, mesh, device, seq_len=config.data.seq_len, reparam=config.reparam, **how)
 
 
 def _restore(plan: Plan, model: Spread, optimizer: torch.optim.Optimizer) -> Counters:

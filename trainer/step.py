@@ -11,7 +11,7 @@ import torch
 from model.batch import Batch
 from model.objective import Objective
 from parallel.data import sum_over_ranks
-from parallel.gradients import clip_gradients, counts_here, gradient_norm
+from parallel.gradients import clip_gradients, gradient_norm
 from parallel.spread import Spread
 from trainer.modalities import counted_of_each, losses_of_each, tokens_of_each
 from trainer.optimizer import set_learning_rate
@@ -58,9 +58,6 @@ class Updater:
     ):
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.grad_clip, self.seed, self.stop = grad_clip, seed, stop
-        trained = {name: p for name, p in model.learned.items() if p.requires_grad}
-        self.trained = list(trained.values())
-        self.counted = [p for name, p in trained.items() if counts_here(model.whole(name, p))]
 
     def update(self, batch: Batch, step: int, lr: float) -> Outcome:
         """Train on this rank's share of the global batch. Collective."""
@@ -74,11 +71,12 @@ class Updater:
         total_nats, stops, *nats_of_each = sum_over_ranks([nats, float(self.stop.requested), *self.model.modality_nats])
         loss = total_nats / max(counted, 1.0)
         self.model.reparam.complete_gradients()
-        norm = gradient_norm([p.grad for p in self.counted if p.grad is not None], self.model.device).item()
+        gradients, counting = self.model.gradients()
+        norm = gradient_norm(counting, self.model.device).item()
         # These numbers are the same on all ranks, so all of them skip or none does.
         skipped = not all(map(math.isfinite, (loss, norm, *self.model.auxiliary.values())))
         if not skipped:
-            clip_gradients([p.grad for p in self.trained if p.grad is not None], norm, self.grad_clip)
+            clip_gradients(gradients, norm, self.grad_clip)
             set_learning_rate(self.optimizer, lr)
             with self.model.reparam.raw_weights(), self.model.kept_rows.kept():
                 self.optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 
 from model.config import Architecture
 from parallel.config import ParallelConfig
-from parallel.mesh import layout_faults, unbuilt_faults
+from parallel.mesh import layout_faults
 from tests.conformance.layouts import EXPERT_LAYOUTS, EXPERTS, LAYOUTS, LENGTH, PRODUCTS, ROWS, Case
 from tests.conformance.models import CASES, mixer_class
 from tests.conformance.test_experts import CROSSINGS as EXPERT_CROSSINGS
@@ -16,10 +16,11 @@ from tests.conformance.test_experts import QUICK
 from tests.conformance.test_layout_checkpoints import BIT_EQUAL, CROSSINGS, MUON_BIT_EQUAL, MUON_CROSSINGS
 from tests.conformance.test_layouts import CELLS, FOURS, FP32, KINDS, OTHER_LAYOUTS, OTHERS, PAIRS, faults
 from tests.conformance.test_towers import FP32 as TOWERS_FP32
+from tests.conformance.zero import ZERO_LAYOUTS
 
 Rows = list[tuple[str, ...]]
 FILE = "tests/conformance/test_layouts.py"
-FILES = [FILE, "tests/conformance/test_experts.py", "tests/conformance/test_towers.py"]
+FILES = [FILE, *(f"tests/conformance/test_{name}.py" for name in ("experts", "towers", "zero"))]
 
 
 def tables() -> dict[str, Rows]:
@@ -29,6 +30,7 @@ def tables() -> dict[str, Rows]:
         "products": _cells(PRODUCTS),
         "experts": _expert_cells(),
         "towers": _tower_cells(),
+        "zero": _zero_cells(),
         "other settings": _other_settings(),
         "crossings": _crossings(),
         "refusals": _refusals(),
@@ -64,6 +66,13 @@ def _tower_cells() -> Rows:
     for name, (world_size, parallel) in (LAYOUTS | EXPERT_LAYOUTS).items():
         held = "fp64, 1e-9" + "; fp32, 1e-5" * (name in TOWERS_FP32)
         rows.append((name, str(world_size), settings_of(parallel), held))
+    return rows
+
+
+def _zero_cells() -> Rows:
+    rows: Rows = [("layout", "processes", "settings", "held to"), ("---", "--:", "---", "---")]
+    for name, (world_size, parallel) in ZERO_LAYOUTS.items():
+        rows.append((name, str(world_size), settings_of(parallel), "fp32, 1e-5"))
     return rows
 
 
@@ -112,7 +121,9 @@ def _refusals() -> Rows:
         (2, {"ep": 2}, False),
         (4, {"ep": 3}, False),
         (8, {"ep": 8}, False),
-        (1, {"engine": "deepspeed"}, False),
+        (8, {"engine": "deepspeed", "zero_stage": 3, "tp": 2, "dp_replicate": 2}, False),
+        (2, {"engine": "deepspeed", "zero_stage": 2, "offload_parameters": "cpu"}, False),
+        (2, {"engine": "deepspeed", "zero_stage": 3}, True),
     ]
     architecture: Architecture = Case("softmax").architecture()
     with_experts = Case("softmax", experts=EXPERTS).architecture()
@@ -121,7 +132,7 @@ def _refusals() -> Rows:
         config = ParallelConfig(**settings)
         sizes = {"seq_len": LENGTH, "global_batch_size": ROWS}
         found = with_experts if settings.get("ep", 1) > 2 else architecture
-        said = layout_faults(config, world_size, found, **sizes, compiled=compiled) + unbuilt_faults(config)
+        said = layout_faults(config, world_size, found, **sizes, compiled=compiled)
         assert said, f"{settings} is legal now"
         what = f"{settings_of(config)}{', run.compile' if compiled else ''} on {world_size} processes"
         rows.append((what, "<br>".join(said).replace("mixers.it", "mixers.softmax")))
@@ -139,6 +150,7 @@ def test_ids() -> set[str]:
     ids |= {f"{FILES[2]}::test_towers_of_two_mixers[{name}]" for name in LAYOUTS}
     ids |= {f"{FILES[2]}::test_towers_with_experts[{name}]" for name in EXPERT_LAYOUTS}
     ids |= {f"{FILES[2]}::test_towers_in_fp32[{name}]" for name in TOWERS_FP32}
+    ids |= {f"{FILES[3]}::test_zero_equals_one_process[{name}]" for name in ZERO_LAYOUTS}
     return ids
 
 

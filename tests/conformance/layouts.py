@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from model.batch import Batch
 from model.config import Architecture
 from model.entropy import EntropyPenalty
+from model.fragments import Fragment
 from model.objective import NextToken
 from model.reparam import ReparamConfig
 from model.settings import build_architecture
@@ -24,6 +25,8 @@ from parallel.config import ParallelConfig
 from parallel.data import local
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.spread import Spread, spread
+from parallel.zero import spread_by_zero
+from parallel.zero_config import resolve_zero
 from tests.conformance.models import D_MODEL, VOCAB, mixer_class, random_batch
 from trainer.checkpoint import CheckpointWriter, Counters, load_training_state, training_state
 from trainer.config import CheckpointConfig, OptimizerConfig
@@ -218,17 +221,14 @@ class Case:
 def build(case: Case, parallel: ParallelConfig, precision: str, compiled: bool = False) -> Spread:
     """The model in a layout, with its initial values. Collective."""
     layout = resolve_layout(parallel, dist.get_world_size())
-    cpu = torch.device("cpu")
-    model = spread(
-        case.architecture(),
-        build_mesh(layout, "cpu"),
-        cpu,
-        precision=precision,
-        seq_len=LENGTH,
-        recompute=parallel.recompute,
-        compiled=compiled,
-        reparam=ReparamConfig(**case.reparam),
-    )
+    what: tuple[Any, ...] = (case.architecture(), build_mesh(layout, "cpu"), torch.device("cpu"))
+    how: dict[str, Any] = {"precision": precision, "recompute": parallel.recompute, "compiled": compiled}
+    model: Spread
+    if (zero := resolve_zero(parallel)) is not None:
+        rows = ROWS // layout.data_parallel // layout.microbatches
+        model = spread_by_zero(*what, zero, micro_batch_size=rows, **how)
+    else:
+        model = spread(*what, seq_len=LENGTH, reparam=ReparamConfig(**case.reparam), **how)
     model.initialise(seed=3)
     model.reparam.begin()
     if case.entropy is not None:
@@ -272,10 +272,18 @@ def whole(model: Spread, tensors: dict[str, torch.Tensor | None]) -> Tensors:
     found = {}
     for name, tensor in tensors.items():
         if tensor is not None:
-            logical = model.whole(name, tensor)
-            full = logical.full_tensor() if isinstance(logical, DTensor) else logical
-            found[name] = full.detach().clone()
+            found[name] = full(model.whole(name, tensor)).detach().clone()
     return found
+
+
+def full(logical: torch.Tensor | Fragment) -> torch.Tensor:
+    """All of a tensor, of which this process has a part. Collective."""
+    if isinstance(logical, Fragment):
+        flat = logical.values.new_zeros(logical.shape.numel())
+        flat[logical.begin : logical.begin + len(logical.values)] = logical.values
+        dist.all_reduce(flat)
+        return flat.view(logical.shape)
+    return logical.full_tensor() if isinstance(logical, DTensor) else logical
 
 
 def beside(model: Spread) -> Tensors:
@@ -414,6 +422,21 @@ def kept_wide(kind: str) -> set[str]:
 
     for prefix, module in model.stages[0].named_modules():
         module.register_forward_hook(lambda m, a, o, prefix=prefix: note(m, prefix))
+    model.stages[0](random_batch(2, 8).tokens)
+    return seen
+
+
+def shared_dtypes(kind: str) -> set[torch.dtype]:
+    """Under bf16, of what blocks are told that was computed once for all of them."""
+    model = build(Case(kind, num_layers=2), ParallelConfig(), "bf16")
+    seen: set[torch.dtype] = set()
+
+    def note(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        leaves = torch.utils._pytree.tree_leaves(list(args[1].shared.values()))
+        seen.update(leaf.dtype for leaf in leaves if torch.is_tensor(leaf) and leaf.is_floating_point())
+
+    for block in model.stages[0].layers.values():
+        block.register_forward_pre_hook(note)
     model.stages[0](random_batch(2, 8).tokens)
     return seen
 

@@ -32,6 +32,7 @@ from tests.conformance.layouts import (
     kept_wide,
     merged,
     plain_gradients,
+    shared_dtypes,
     two_steps,
 )
 from tests.conformance.models import CASES, mixer_class
@@ -289,3 +290,8 @@ def test_angles_and_routers_stay_fp32_under_bf16(pool: Pool) -> None:
     wanted = {f"layers.{layer}.mixer.{router}.weight" for layer in (0, 1) for router in routers}
     assert pool.run(kept_wide, 2, "moh")[0] == wanted
     assert pool.run(kept_wide, 2, "bam")[0] == {f"layers.{layer}.mixer.router.weight" for layer in (0, 1)}
+
+
+def test_rotary_tables_stay_fp32_under_bf16(pool: Pool) -> None:
+    """FSDP casts what it finds in the inputs of a block, inside of the context too, unless it is told not to."""
+    assert pool.run(shared_dtypes, 2, "softmax")[0] == {torch.float32}

@@ -126,6 +126,24 @@ def test_two_hosts_are_stopped_and_go_on_as_their_twin(pool: Pool, loopback: ssh
     assert not list(tmp_path.glob(".first-rank*")), "what the script needs while it runs is gone"
 
 
+def test_its_own_engine_runs_under_it(pool: Pool, loopback: ssh_hosts.Hosts, tmp_path: Path) -> None:
+    """ZeRO 3 with offload; under torchrun it runs in docs/deepspeed.md."""
+    engine = {"engine": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu"}
+    (tmp_path / "twin").mkdir()
+    twin = write_config(tmp_path / "twin", write_tokens(tmp_path / "walk"), parallel=engine)
+    results = pool.run(train, 4, twin)
+    assert [code for code, _ in results] == [0] * 4, results
+
+    config = write_config(tmp_path, str(tmp_path / "walk"), parallel=engine)
+    start = Start(loopback, write_script(loopback, tmp_path, config), "zero")
+    try:
+        assert start.ends_within(SECONDS_TO_START + SECONDS_TO_END) == 0, start.said
+    finally:
+        start.end()
+    print(start.said[-1500:])
+    assert_twins(tmp_path / "run", tmp_path / "twin" / "run")
+
+
 def test_a_killed_rank_ends_all_hosts_with_70_and_a_refusal_with_2(apart: ssh_hosts.Hosts, tmp_path: Path) -> None:
     """The watch over nodes works without torchrun: the other host's message names the node that was lost."""
     config = write_config(tmp_path, write_tokens(tmp_path / "walk"), schedule={"steps": 20_000})

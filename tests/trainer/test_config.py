@@ -246,6 +246,7 @@ def test_the_optimizer_is_adamw_by_its_formula() -> None:
         weight = torch.nn.Parameter(torch.full((1, 1), 2.0, dtype=torch.float64))
         parameters = learned = {"weight": weight}
         beside: dict[str, torch.nn.Parameter] = {}
+        apart: set[str] = set()
         reparam = PlainWeights()
         uncut = torch.nn.ParameterDict(parameters)
         stages: list[torch.nn.Module] = []

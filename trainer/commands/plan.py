@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+NOT_FORECAST = 'Memory and time are forecast for parallel.engine = "torch" alone.'
+
 
 @dataclass
 class Arguments:
@@ -53,6 +55,7 @@ def plan(argv: list[str]) -> int:
     own, overrides = split(argv)
     arguments = tyro.cli(Arguments, args=own, prog="headway plan", config=(tyro.conf.FlagCreatePairsOff,))
     _check(arguments)
+    from parallel.zero_config import resolve_zero
     from trainer.config import load_config
     from trainer.planning.devices import GIB, assume
     from trainer.planning.forecast import forecast
@@ -72,6 +75,12 @@ def plan(argv: list[str]) -> int:
         reserve=_scaled(arguments.reserve, GIB),
     )
     config = load_config(arguments.config, overrides, world_size=arguments.world)
+    if (zero := resolve_zero(config.parallel)) is not None:
+        # What DeepSpeed holds is not traced.
+        facts = {"legal": True, "engine": "deepspeed", "zero_stage": zero.stage, "world_size": arguments.world}
+        said = f"The layout is legal: ZeRO {zero.stage} over {arguments.world} processes. "
+        print(json.dumps(facts) if arguments.json else said + NOT_FORECAST)
+        return 0
     found = forecast(config, arguments.world, assumptions)
     helping = []
     if found.fits is False:

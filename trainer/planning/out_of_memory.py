@@ -42,7 +42,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain(error: BaseException, config: Config, precision: str, process: Process, seconds: float = SECONDS) -> str:
     """A paragraph for the user. The plan is made by another process, which has `seconds` for it."""
-    planned, found, trouble = _ask_for_plan(config, precision, process, seconds)
+    if config.parallel.engine == "torch":
+        planned, found, trouble = _ask_for_plan(config, precision, process, seconds)
+    else:
+        planned, found, trouble = None, [], "there is none for DeepSpeed's engine"
     parts = [f"Memory has ended: {_first_line(error)}", _observed(process)]
     if planned is not None:
         parts.append(f"A plan of this layout says {planned / GIB:.2f} GiB of tensors for the rank that holds most.")

@@ -7,7 +7,8 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from parallel.mesh import layout_faults, resolve_layout, unbuilt_faults
+from parallel.mesh import layout_faults, resolve_layout
+from parallel.zero_config import resolve_zero
 from trainer.config import Config
 from trainer.planning.devices import GIB
 from trainer.planning.program import trace_pipeline
@@ -37,22 +38,46 @@ class Remedy:
 
 def candidates(config: Config, world_size: int) -> Iterator[Remedy]:
     """What might help, the cheapest first; all of them are legal."""
+    for changes, times in _of_zero(config) if config.parallel.engine == "deepspeed" else _of_torch(config, world_size):
+        remedy = Remedy(changes, world_size * times, more_processes=times > 1)
+        if _is_legal(config, remedy):
+            yield remedy
+
+
+_LEVELS = ("none", "selective", "full")
+
+
+def _recomputing_more(config: Config) -> list[tuple[dict[str, Any], int]]:
+    return [({"recompute": level}, 1) for level in _LEVELS[_LEVELS.index(config.parallel.recompute) + 1 :]]
+
+
+def _of_zero(config: Config) -> list[tuple[dict[str, Any], int]]:
+    """Settings of DeepSpeed's engine, and how many times as many processes they are for."""
+    zero = resolve_zero(config.parallel)
+    assert zero is not None
+    settings: list[tuple[dict[str, Any], int]] = [({"microbatches": 2 * (config.parallel.microbatches or 1)}, 1)]
+    settings += [({"zero_stage": stage}, 1) for stage in range(zero.stage + 1, 4)]
+    settings += _recomputing_more(config)
+    if zero.offload_optimizer == "none":
+        settings.append(({"offload_optimizer": "cpu"}, 1))
+    if zero.offload_parameters == "none":
+        settings.append(({"zero_stage": 3, "offload_parameters": "cpu"}, 1))
+    return [*settings, ({}, 2)]
+
+
+def _of_torch(config: Config, world_size: int) -> list[tuple[dict[str, Any], int]]:
+    """Settings of torch's engine, and how many times as many processes they are for."""
     layout = resolve_layout(config.parallel, world_size)
     fixed = {"dp_shard": layout.dp_shard}
     settings: list[tuple[dict[str, Any], int]] = []
-    levels = ["none", "selective", "full"]
     settings += [({"microbatches": layout.microbatches * 2}, 1)]
-    settings += [({"recompute": level}, 1) for level in levels[levels.index(config.parallel.recompute) + 1 :]]
+    settings += _recomputing_more(config)
     if layout.dp_replicate > 1:
         settings += [({"dp_replicate": 1, "dp_shard": layout.dp_replicate * layout.dp_shard}, 1)]
     if layout.dp_shard % 2 == 0:
         settings += [({"tp": layout.tp * 2, "dp_shard": layout.dp_shard // 2}, 1)]
     settings += [({"dp_shard": layout.dp_shard * 2}, 2), ({"tp": layout.tp * 2} | fixed, 2)]
-    settings += [({"pp": layout.pp * 2} | fixed, 2), ({"cp": layout.cp * 2} | fixed, 2)]
-    for changes, times in settings:
-        remedy = Remedy(changes, world_size * times, more_processes=times > 1)
-        if _is_legal(config, remedy):
-            yield remedy
+    return [*settings, ({"pp": layout.pp * 2} | fixed, 2), ({"cp": layout.cp * 2} | fixed, 2)]
 
 
 def remedies(
@@ -91,5 +116,5 @@ def _is_legal(config: Config, remedy: Remedy) -> bool:
         global_batch_size=config.data.global_batch_size,
         isolate_documents=config.data.isolate_documents,
         compiled=config.run.compile,
-    ) + unbuilt_faults(parallel)
+    )
     return not faults

@@ -1,0 +1,157 @@
+"""What DeepSpeed's ZeRO optimizers hold in this process: the one file that knows their insides (DeepSpeed 0.19.8).
+
+Each of them keeps flat fp32 partitions of groups of parameters, and AdamW's moments as flat; what lies in them of a
+parameter is a `Fragment`. There are three: for stages 1 and 2, for stage 3, and for stage 1 in bf16 without offload.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.fragments import Fragment
+from parallel.zero_config import ZeroConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies: in which partition, from which element on, and which of its own elements these are."""
+
+    shape: torch.Size
+    partition: int
+    start: int
+    begin: int
+    count: int
+
+    def of(self, flat: Tensor) -> Fragment:
+        return Fragment(self.shape, self.begin, flat.detach().narrow(0, self.start, self.count))
+
+
+class Partitions:
+    """The masters of a model's parameters, their moments and gradients, as far as this process has them.
+
+    Args:
+        engine: of DeepSpeed, with AdamW as its optimizer.
+        parameters: name -> parameter, of all that it knows.
+    """
+
+    def __init__(self, engine: Any, parameters: dict[str, nn.Parameter], zero: ZeroConfig):
+        self.engine, self.zero = engine, zero
+        self.optimizer, self.adamw = engine.optimizer, engine.optimizer.optimizer
+        self._in_bf16 = hasattr(self.optimizer, "fp32_groups_gradient_flat_partition")
+        place = self._place_of_stage_3 if zero.stage == 3 else self._place_of_others
+        self._places = {name: place(parameter) for name, parameter in parameters.items()}
+        for flat in self.flat:
+            self.adamw.state[flat] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            self.adamw.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        self._steps = {name: torch.zeros((), dtype=torch.float32) for name in parameters}
+        self._pending = False
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """The masters: what AdamW updates."""
+        if self.zero.stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        if self._in_bf16:
+            return self.optimizer.fp32_groups_flat_partition
+        return self.optimizer.single_partition_of_fp32_groups
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.adamw.param_groups
+
+    def _place_of_stage_3(self, parameter: Any) -> _Place:
+        """Every process has a run of each parameter; the last ones perhaps none, or one that ends in padding."""
+        partition, start, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        begin = min(dist.get_rank() * size, parameter.ds_numel)
+        return _Place(parameter.ds_shape, partition, start, begin, min(size, parameter.ds_numel - begin))
+
+    def _place_of_others(self, parameter: Any) -> _Place:
+        """A group's parameters lie one behind the other, and every process has a run of all of it."""
+        if (mapping := parameter._hp_mapping) is not None:
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            return _Place(parameter.shape, mapping.param_group_index, here.start, there.start, here.numel)
+        groups = self.optimizer.bf16_groups if self._in_bf16 else self.optimizer.bit16_groups
+        group = next(i for i, group in enumerate(groups) if any(other is parameter for other in group))
+        return _Place(parameter.shape, group, 0, 0, 0)
+
+    def fragments(self, moment: str | None = None) -> dict[str, Fragment]:
+        """Name -> what is here of its master, or of one of its moments; they share memory with DeepSpeed's."""
+        flats = self.flat if moment is None else [self.adamw.state[flat][moment] for flat in self.flat]
+        return {name: place.of(flats[place.partition]) for name, place in self._places.items()}
+
+    def steps(self) -> dict[str, Tensor]:
+        """Name -> by how many updates its moments were made; what is written there counts from `publish` on."""
+        for name, place in self._places.items():
+            self._steps[name].copy_(self.adamw.state[self.flat[place.partition]]["step"])
+        return self._steps
+
+    def gradients(self) -> list[Tensor]:
+        """What is here of all gradients, each element on one process, and padding, which is 0."""
+        self._pending = True
+        if self.zero.offload_optimizer != "none":
+            if torch.cuda.is_available():
+                # They are copied beside the computation.
+                torch.cuda.synchronize()
+            return [flat.grad for flat in self.flat if flat.grad is not None]
+        if self._in_bf16:
+            return list(self.optimizer.fp32_groups_gradient_flat_partition)
+        return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group or ()]
+
+    def step(self) -> None:
+        """Update masters and moments by the gradients, and publish. Collective."""
+        self.engine.step()
+        self._pending = False
+
+    def drop_gradients(self) -> None:
+        """What is left of gradients goes. Collective, if there is any."""
+        if not self._pending:
+            return
+        # DeepSpeed makes its step with gradients of zero, in which AdamW does nothing: so all that belongs to a step is
+        # done with. (Where it finds an overflow itself, its buffers for offload keep what is not finite.)
+        for gradient in self.gradients():
+            gradient.zero_()
+        for norm in getattr(self.optimizer, "norm_for_param_grads", {}).values():
+            norm.zero_()
+        self.optimizer.local_overflow = False
+        self.adamw.step = lambda closure=None: None
+        try:
+            self.step()
+        finally:
+            del self.adamw.step
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """What forward sees follows the masters, which were written to. Collective.
+
+        Raises:
+            ValueError: parameters of one group were updated more or less often than others.
+        """
+        self._take_steps()
+        if self.zero.stage != 3:
+            self.optimizer.update_lp_params()
+            return
+        self.optimizer._partition_all_parameters()
+        for index in range(len(self.flat)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if kept := self.optimizer.persistent_parameters:
+            kept[0].all_gather(kept)
+
+    def _take_steps(self) -> None:
+        """One count serves a whole partition."""
+        for index, flat in enumerate(self.flat):
+            counts = {name: int(self._steps[name]) for name, place in self._places.items() if place.partition == index}
+            least, most = (choose(counts, key=counts.__getitem__) for choose in (min, max))
+            if counts[least] != counts[most]:
+                raise ValueError(
+                    f"{least} has been updated {counts[least]} times and {most} {counts[most]} times (some were frozen "
+                    'for a while): with parallel.engine = "deepspeed" one count serves many parameters. Go on with '
+                    'engine = "torch", or begin anew from these weights with model.init_from.'
+                )
+            self.adamw.state[flat]["step"].fill_(counts[least])
