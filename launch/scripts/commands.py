@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -23,9 +23,6 @@ from launch.scripts.settings import (
 from launch.scripts.writing import CHECKOUT, Script, check, label, shell_words, write
 from trainer.commands.plan import split
 
-if TYPE_CHECKING:
-    from trainer.config import Config
-
 Kind = TypeVar("Kind", bound=Settings)
 
 
@@ -33,7 +30,7 @@ def torchrun(argv: list[str]) -> int:
     """Write a script that is started on each node. Raises ValueError for what is refused."""
     settings, overrides = _parse(TorchrunSettings, argv)
     script = _script(settings, overrides)
-    _checked(settings, script)
+    check(script, settings.faults(overrides))
     values = {"port": str(settings.port), "patience": str(settings.patience)}
     write(script, values | _places(script) | _command(settings, argv))
     if settings.nodes == 1:
@@ -50,7 +47,7 @@ def deepspeed(argv: list[str]) -> int:
     settings, overrides = _parse(DeepspeedSettings, argv)
     script = _script(settings, overrides)
     hosts, wrong = hostfile_faults(settings.hostfile, settings.nodes, settings.processes)
-    _checked(settings, script, wrong)
+    check(script, [*settings.faults(overrides), *wrong])
     values = {
         "hostfile": str(settings.hostfile),
         "master": settings.master or hosts[0].name,
@@ -64,7 +61,7 @@ def slurm(argv: list[str]) -> int:
     """Write a script for sbatch. Raises ValueError for what is refused."""
     settings, overrides = _parse(SlurmSettings, argv)
     script = _script(settings, overrides)
-    _checked(settings, script)
+    check(script, settings.faults(overrides))
     optional = {
         "gpus-per-node": str(settings.processes) if settings.device == "gpu" else None,
         "partition": settings.partition,
@@ -87,7 +84,8 @@ def kubernetes(argv: list[str]) -> int:
     settings, overrides = _parse(KubernetesSettings, argv)
     script = _script(settings, overrides)
     workdir = settings.workdir or settings.mount
-    _checked(settings, script, run_folder_faults(settings.config, overrides, workdir, settings.mount))
+    lost = run_folder_faults(settings.config, overrides, workdir, settings.mount)
+    check(script, [*settings.faults(overrides), *lost])
     gpus = f'            limits:\n              nvidia.com/gpu: "{settings.processes}"'
     lines = settings.config.read_text().rstrip("\n").split("\n")
     values = {
@@ -145,11 +143,6 @@ def _script(settings: Settings, overrides: Sequence[str]) -> Script:
         settings.path,
         settings.overwrite,
     )
-
-
-def _checked(settings: Settings, script: Script, more: Sequence[str] = ()) -> Config:
-    counts = {name: getattr(settings, name) for name in ("nodes", "processes", *settings.counts)}
-    return check(script, counts, [*settings.faults(script.overrides), *more])
 
 
 def _command(settings: Settings, argv: Sequence[str]) -> dict[str, str]:

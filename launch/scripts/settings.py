@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from launch.scripts.writing import label
+from launch.scripts.writing import CHECKOUT, label
 
 
 @dataclass(kw_only=True)
@@ -20,8 +21,8 @@ class Settings:
 
     kind: ClassVar[str]
     suffix: ClassVar[str] = "sh"
-    counts: ClassVar[tuple[str, ...]] = ()
-    """Settings that have to be 1 at least, beside nodes and processes."""
+    least: ClassVar[dict[str, int]] = {}
+    """The least that some settings may be; nodes and processes are at least 1."""
 
     config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
     """A preset (see configs/) or your own file."""
@@ -41,8 +42,13 @@ class Settings:
         return self.out or Path(f"{self.config.stem}.{self.kind}.{self.suffix}")
 
     def faults(self, overrides: Sequence[str]) -> list[str]:
-        """What cannot be, in sentences; counts and the configuration are looked at elsewhere."""
-        return [] if 1024 <= self.port <= 65535 else [f"--port {self.port}: expected 1024 to 65535."]
+        """What cannot be, in sentences; the configuration is looked at elsewhere."""
+        found = [
+            f"--{name} {value}: expected at least {least}."
+            for name, least in ({"nodes": 1, "processes": 1} | self.least).items()
+            if (value := getattr(self, name)) < least
+        ]
+        return found if 1024 <= self.port <= 65535 else [*found, f"--port {self.port}: expected 1024 to 65535."]
 
 
 @dataclass(kw_only=True)
@@ -54,6 +60,7 @@ class TorchrunSettings(Settings):
     """
 
     kind = "torchrun"
+    least = {"patience": 0}
     patience: int = 60
     """Seconds for which the first node waits until the last one is up."""
 
@@ -73,11 +80,12 @@ class DeepspeedSettings(Settings):
     """An address of the first host that all the others know. Default: its name in the hostfile."""
 
     def faults(self, overrides: Sequence[str]) -> list[str]:
-        given = [str(self.config), str(self.hostfile), *overrides, *([self.master] if self.master else [])]
+        places = [str(self.config), str(self.hostfile), str(Path.cwd()), str(CHECKOUT), sys.executable]
+        given = [*places, *overrides, *([self.master] if self.master else [])]
         return super().faults(overrides) + [
             f"{word!r} goes through a shell on every host, which would read it otherwise: only letters, digits and "
-            "_@+=:,./- pass. Write a setting into CONFIG instead, or take a copy of a file under another name."
-            for word in given
+            "_@+=:,./- pass. Write a setting into CONFIG instead, or give a file or folder another name."
+            for word in dict.fromkeys(given)
             if shlex.quote(word) != word or "%" in word
         ]
 
@@ -94,7 +102,7 @@ class SlurmSettings(Settings):
     """
 
     kind = "slurm"
-    counts = ("cpus", "grace")
+    least = {"cpus": 1, "grace": 1, "patience": 0}
     port: tyro.conf.Suppress[int] = 29500
     time: str = "24:00:00"
     """The longest that one start may take, as sbatch has it: D-HH:MM:SS, HH:MM:SS or minutes."""
@@ -114,8 +122,8 @@ class SlurmSettings(Settings):
     """Seconds for which the first node waits until the last one is up."""
 
     def faults(self, overrides: Sequence[str]) -> list[str]:
+        found = super().faults(overrides)
         seconds = _seconds(self.time)
-        found = []
         if seconds is None:
             found.append(f"--time {self.time!r}: expected D-HH:MM:SS, HH:MM:SS or minutes, as 24:00:00.")
         elif self.grace >= seconds:
@@ -153,7 +161,7 @@ class KubernetesSettings(Settings):
 
     kind = "kubernetes"
     suffix = "yaml"
-    counts = ("cpus", "grace")
+    least = {"cpus": 1, "grace": 1, "patience": 0, "retries": 0}
     image: str
     """The container image: Python, torch, and Headway with what it needs."""
     claim: str
@@ -193,8 +201,6 @@ class KubernetesSettings(Settings):
             found.append(f"--claim {self.claim!r} is no name of Kubernetes: small letters, digits, hyphens and dots.")
         if not re.fullmatch(r"[\w./:@-]+", self.image):
             found.append(f"--image {self.image!r} is no name of an image, as registry/name:tag.")
-        if self.retries < 0:
-            found.append(f"--retries {self.retries}: expected at least 0.")
         places = {"mount": self.mount, "checkout": self.checkout, "workdir": self.workdir or self.mount}
         return found + [
             f"--{option} {place!r}: expected an absolute path, of letters, digits and _./-."

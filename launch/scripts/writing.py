@@ -8,10 +8,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trainer.config import Config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TEMPLATES = CHECKOUT / "launch" / "templates"
@@ -31,16 +27,11 @@ class Script:
     out: Path
     overwrite: bool
 
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.processes
 
-
-def check(script: Script, counts: dict[str, int], faults: Sequence[str]) -> Config:
-    """The configuration, once nothing speaks against starting it so.
+def check(script: Script, faults: Sequence[str]) -> None:
+    """Whether anything speaks against starting this run so.
 
     Args:
-        counts: settings of the command that have to be 1 at least, by name.
         faults: what the kind itself has found.
 
     Raises:
@@ -48,11 +39,10 @@ def check(script: Script, counts: dict[str, int], faults: Sequence[str]) -> Conf
     """
     from trainer.config import Refused, load_config
 
-    found = [f"--{name} {count}: expected at least 1." for name, count in counts.items() if count < 1]
-    world_size = script.world_size if script.nodes > 0 and script.processes > 0 else None
-    config = None
+    found = []
+    world_size = script.nodes * script.processes if script.nodes > 0 and script.processes > 0 else None
     try:
-        config = load_config(script.config, script.overrides, world_size=world_size)
+        load_config(script.config, script.overrides, world_size=world_size)
     except Refused as refused:
         found += refused.faults
     found += faults
@@ -60,9 +50,8 @@ def check(script: Script, counts: dict[str, int], faults: Sequence[str]) -> Conf
         found.append(f"{script.out} is there already: give --overwrite to replace it, or another --out.")
     elif not script.out.absolute().parent.is_dir():
         found.append(f"--out {script.out}: there is no folder {script.out.parent}.")
-    if found or config is None:
+    if found:
         raise Refused(found)
-    return config
 
 
 def render(template: str, values: dict[str, str]) -> str:

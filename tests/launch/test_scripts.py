@@ -118,6 +118,7 @@ def test_hostfiles(text: str | None, nodes: int, processes: int, faults: list[st
     ("argv", "sentence"),
     [
         (("torchrun", QUICKSTART, "--nodes", "0"), "--nodes 0: expected at least 1."),
+        (("torchrun", QUICKSTART, *TWO_BY_TWO, "--patience", "-1"), "--patience -1: expected at least 0."),
         (("torchrun", "none.toml", "--nodes", "2"), "none.toml does not exist."),
         (("torchrun", QUICKSTART, "--nodes", "3", "--processes", "1"), "data.global_batch_size = 16 cannot be cut"),
         (("slurm", QUICKSTART, *TWO_BY_TWO, "--time", "soon"), "--time 'soon': expected D-HH:MM:SS"),
