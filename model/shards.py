@@ -10,7 +10,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,58 +21,77 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from model.fragments import LoadPlanner
 
-_ALLOWED = {
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "StorageMeta"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("collections", "OrderedDict"),
-    *(("torch", dtype) for dtype in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
-}
+_ALLOWED = frozenset(
+    {
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "StorageMeta"),
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "Path"),
+        ("collections", "OrderedDict"),
+        *(
+            ("torch", dtype)
+            for dtype in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
+        ),
+    }
+)
 
 
-class _TensorsOnly(pickle.Unpickler):
+class _Restricted(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, allowed: frozenset[tuple[str, str]], whose: str):
+        super().__init__(file)
+        self._allowed, self._whose = allowed, whose
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if (module, name) not in self._allowed:
             raise ValueError(
-                f"checkpoint metadata asks for {module}.{name}, which no checkpoint of ours holds: refused."
+                f"checkpoint metadata asks for {module}.{name}, which no checkpoint of {self._whose} holds: refused."
             )
         return super().find_class(module, name)
 
 
 class TensorReader(FileSystemReader):
-    """A `FileSystemReader` for checkpoints that hold tensors only."""
+    """A `FileSystemReader` for checkpoints that hold tensors only.
+
+    Attributes:
+        allowed: (module, name) of everything that its metadata may be made of.
+        whose: checkpoints it reads, for a message.
+    """
+
+    allowed = _ALLOWED
+    whose = "ours"
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata, read under the allow-list. Raises ValueError for anything that is not ours."""
+        """The metadata, read under the allow-list. Raises ValueError for anything that is not on it."""
         path = Path(self.path) / ".metadata"
         with path.open("rb") as file:
-            metadata = _TensorsOnly(file).load()
+            metadata = _Restricted(file, self.allowed, self.whose).load()
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-def read_tensors(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+def read_tensors(
+    state: dict[str, Any], folder: Path, *, alone: bool = False, reader: TensorReader | None = None
+) -> None:
     """Read the entries of `state` from a step folder, into the tensors that stand there, in whatever layout they are.
 
-    Collective, unless `alone`.
+    Collective, unless `alone`. `reader`: of a folder that is not ours.
     """
     with torch.no_grad(), warnings.catch_warnings():
         # Without a process group, torch warns that it assumes what is said here.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, storage_reader=TensorReader(folder), planner=LoadPlanner(), no_dist=alone)
+        dcp.load(state, storage_reader=reader or TensorReader(folder), planner=LoadPlanner(), no_dist=alone)
 
 
 class _LazyPlanner(DefaultSavePlanner):

@@ -35,10 +35,13 @@ class ParallelConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed: what is cut over all ranks: optimizer states (1), gradients too (2), parameters too (3). 0: as
     deepspeed_config says, or 2."""
-    offload_optimizer: Literal["none", "cpu"] | None = None
-    """DeepSpeed: where optimizer states are kept and updated. Default: as deepspeed_config says, or none."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] | None = None
+    """DeepSpeed: where optimizer states are kept, which the CPU then updates; nvme with zero_stage 3. Default: as
+    deepspeed_config says, or none."""
     offload_parameters: Literal["none", "cpu"] | None = None
     """DeepSpeed, zero_stage 3: where parameters wait for their turn. Default: as deepspeed_config says, or none."""
+    nvme_dir: str = ""
+    """DeepSpeed, offload to nvme: a folder of this run's own on a fast disk of each node."""
     deepspeed_config: str = ""
     """A DeepSpeed JSON of your own: what it says of speed and memory is taken, and the rest must agree with this
     configuration."""

@@ -38,7 +38,9 @@ def gradient_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     locals_ = [local(gradient) for gradient in gradients]
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if locals_:
-        squares += torch.stack(torch._foreach_norm(locals_)).double().square().sum()
+        # With offload, some are on the CPU.
+        norms = [norm.to(device) for norm in torch._foreach_norm(locals_)]
+        squares += torch.stack(norms).double().square().sum()
     dist.all_reduce(squares)
     return squares.sqrt()
 

@@ -74,6 +74,11 @@ def interface_address(name: str) -> str:
     return socket.inet_ntoa(answer[20:24])
 
 
+def interfaces() -> dict[str, str]:
+    """Every network interface of this machine with its IPv4 address, empty where it has none."""
+    return {name: interface_address(name) for _, name in socket.if_nameindex()}
+
+
 def address_towards(host: str) -> str:
     """The address that this machine has when it speaks to `host`; empty if it has no way there. Sends nothing."""
     if not host:

@@ -27,7 +27,7 @@ from parallel.context import SequenceCut
 from parallel.data import held, initialise, local, release_gathered, shard, synchronise_gradients
 from parallel.entropy import SpreadEntropyPenalty, threshold_name
 from parallel.experts import SpreadExperts, expert_names, keep_share
-from parallel.gradients import counts_here
+from parallel.gradients import clip_gradients, counts_here, gradient_norm
 from parallel.mesh import Mesh, stages_of_rank
 from parallel.pipeline import Pipeline, Stage, layers_of_stages, stage_holders
 from parallel.recompute import Recompute, compile_blocks, observed, recompute_blocks
@@ -208,13 +208,21 @@ class Spread:
         """Those that are plain tensors, whole and alike on every process, where others are cut."""
         return set(self.beside)
 
-    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """After `train`: all gradients here, and those of them that count here in the global norm."""
         trained = {name: p for name, p in self.learned.items() if p.requires_grad}
         if self._counted is None:
             self._counted = {name for name, p in trained.items() if counts_here(self.whole(name, p))}
         found = {name: p.grad for name, p in trained.items() if p.grad is not None}
         return list(found.values()), [gradient for name, gradient in found.items() if name in self._counted]
+
+    def gradient_norm(self) -> float:
+        """After `train`: the Euclidean norm of all gradients of the model, and of what stands beside it. Collective."""
+        return gradient_norm(self._gradients()[1], self.device).item()
+
+    def clip_gradients(self, norm: float, limit: float) -> None:
+        """Scale all gradients, whose norm is given, so that it is at most `limit`; 0 means no limit."""
+        clip_gradients(self._gradients()[0], norm, limit)
 
     def initialise(self, seed: int) -> None:
         """Memory and initial values for what was built on the meta device. Collective."""

@@ -27,6 +27,7 @@ from model.reparam import ReparamConfig
 from model.stack import Block, Model
 from parallel.collectives import sum_lists
 from parallel.data import draw_all
+from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
 from parallel.recompute import Recompute, compile_blocks, recompute_blocks
 from parallel.spread import DTYPES, Spread
@@ -162,11 +163,22 @@ class ZeroSpread(Spread):
             sum_lists(summands, dist.group.WORLD)
             torch._foreach_div_(summands, self.gradient_divisor)
 
-    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         fragments = self._partitions.gradients()
-        apart = [self.learned[name].grad for name in self.apart]
-        alike = [gradient for gradient in apart if gradient is not None]
+        alike = self._alike()
         return [*fragments, *alike], [*fragments, *(alike if dist.get_rank() == 0 else [])]
+
+    def _alike(self) -> list[Tensor]:
+        """Gradients of what is whole on every process."""
+        return [gradient for name in self.apart if (gradient := self.learned[name].grad) is not None]
+
+    def clip_gradients(self, norm: float, limit: float) -> None:
+        if self.zero.offload_optimizer != "nvme":
+            super().clip_gradients(norm, limit)
+            return
+        clip_gradients(self._alike(), norm, limit)
+        # Those on disk are scaled when they come in for the update.
+        self._partitions.divisor = max(1.0, norm / limit) if limit > 0 else 1.0
 
     def update_copies(self) -> None:
         """What forward sees follows the optimizer's parameters. Collective."""
@@ -241,6 +253,8 @@ def _deepspeed() -> Any:
     """The library, told which kind of device there is, and to keep its remarks to itself."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It asks which process of the machine this is, also where nobody has launched it.
+    os.environ.setdefault("LOCAL_RANK", "0")
     # Names of collectives that torch has given others.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     import deepspeed

@@ -21,13 +21,15 @@ class ZeroConfig:
 
     Attributes:
         stage: 1 cuts optimizer states, 2 gradients too, 3 parameters too.
-        offload_optimizer, offload_parameters: "none" or "cpu".
+        offload_optimizer: "none", "cpu" or "nvme". offload_parameters: "none" or "cpu".
+        nvme_dir: a folder on a fast disk.
         theirs: a user's own DeepSpeed JSON, once it has been held against the configuration.
     """
 
     stage: int = DEFAULT_STAGE
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
+    nvme_dir: str = ""
     theirs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,7 +45,8 @@ def resolve_zero(config: ParallelConfig) -> ZeroConfig | None:
     zero = _table(theirs, "zero_optimization")
     stage = config.zero_stage or given(zero, "stage") or DEFAULT_STAGE
     chosen = {ours: getattr(config, ours) or offload(zero, name) or "none" for ours, name in OFFLOADS.items()}
-    return ZeroConfig(stage, theirs=theirs, **chosen)
+    nvme_dir = config.nvme_dir or given(_table(zero, "offload_optimizer"), "nvme_path") or ""
+    return ZeroConfig(stage, nvme_dir=str(nvme_dir), theirs=theirs, **chosen)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def _table(tables: dict[str, Any], key: str) -> dict[str, Any]:
 def engine_faults(config: ParallelConfig, *, compiled: bool = False) -> list[str]:
     """Why this engine cannot carry this layout, all reasons; also of keys that the engine does not know."""
     if config.engine == "torch":
-        keys = ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+        keys = ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_dir", "deepspeed_config")
         return [
             f'parallel.{key} = {json.dumps(value)} is DeepSpeed\'s: set parallel.engine = "deepspeed", or leave it out.'
             for key in keys
@@ -126,16 +129,42 @@ def _zero_faults(zero: ZeroConfig, compiled: bool) -> list[str]:
             f'parallel.offload_parameters = "{zero.offload_parameters}" needs zero_stage = 3, and it is {zero.stage}: '
             "below, every process has all parameters at work."
         )
-    for key in OFFLOADS:
-        where = getattr(zero, key)
-        if where not in ("none", "cpu"):
-            faults.append(f'parallel.{key} = "{where}": expected "none" or "cpu".')
+    if zero.offload_optimizer == "nvme":
+        faults += _nvme_faults(zero)
+    elif zero.offload_optimizer not in ("none", "cpu"):
+        faults.append(f'parallel.offload_optimizer = "{zero.offload_optimizer}": expected "none", "cpu" or "nvme".')
+    if zero.offload_parameters not in ("none", "cpu"):
+        faults.append(f'parallel.offload_parameters = "{zero.offload_parameters}": expected "none" or "cpu".')
     if compiled and zero.stage == 3:
         faults.append(
             "run.compile with parallel.zero_stage = 3: parameters come and go by hooks around every block, which a "
             "compiled block does not run; take compile = false, or zero_stage = 2."
         )
     return faults
+
+
+def _nvme_faults(zero: ZeroConfig) -> list[str]:
+    """Why optimizer states cannot wait on a disk."""
+    faults = []
+    if zero.stage != 3:
+        faults.append(f'parallel.offload_optimizer = "nvme" needs zero_stage = 3, and it is {zero.stage}: take "cpu".')
+    if not zero.nvme_dir:
+        faults.append('parallel.offload_optimizer = "nvme" needs parallel.nvme_dir, a folder on a fast disk.')
+    elif not Path(zero.nvme_dir).is_dir():
+        faults.append(f'parallel.nvme_dir = "{zero.nvme_dir}" is no folder on this machine.')
+    if importlib.util.find_spec("deepspeed") is not None and not _reads_asynchronously():
+        faults.append(
+            'parallel.offload_optimizer = "nvme": DeepSpeed\'s async_io does not build here. It needs a compiler and '
+            'libaio with its headers (Debian: g++, libaio-dev); or take "cpu".'
+        )
+    return faults
+
+
+def _reads_asynchronously() -> bool:
+    """Whether DeepSpeed's own operation for disks can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible(verbose=False)
 
 
 def engine_tables(zero: ZeroConfig, precision: str, micro_batch_size: int, microbatches: int) -> dict[str, Any]:
@@ -161,6 +190,8 @@ def engine_tables(zero: ZeroConfig, precision: str, micro_batch_size: int, micro
         if (device := getattr(zero, ours)) != "none":
             said = _table(_table(zero.theirs, "zero_optimization"), name)
             inner[name] = {key: value for key, value in said.items() if value != "auto"} | {"device": device}
+            if device == "nvme":
+                inner[name]["nvme_path"] = zero.nvme_dir
     return tables | {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": microbatches,

@@ -6,6 +6,8 @@ parameter is a `Fragment`. There are three: for stages 1 and 2, for stage 3, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +49,12 @@ class Partitions:
         self._in_bf16 = hasattr(self.optimizer, "fp32_groups_gradient_flat_partition")
         place = self._place_of_stage_3 if zero.stage == 3 else self._place_of_others
         self._places = {name: place(parameter) for name, parameter in parameters.items()}
-        for flat in self.flat:
-            self.adamw.state[flat] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
-            self.adamw.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        self.divisor = 1.0
+        self._copies: dict[int, dict[str | None, Tensor]] = {}
+        for index, flat in enumerate(self.flat):
+            with self._in_memory(index, write=True):
+                self.adamw.state[flat] = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+                self.adamw.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         self._steps = {name: torch.zeros((), dtype=torch.float32) for name in parameters}
         self._pending = False
 
@@ -83,8 +88,36 @@ class Partitions:
 
     def fragments(self, moment: str | None = None) -> dict[str, Fragment]:
         """Name -> what is here of its master, or of one of its moments; they share memory with DeepSpeed's."""
-        flats = self.flat if moment is None else [self.adamw.state[flat][moment] for flat in self.flat]
+        flats = [self._values(index, moment) for index in range(len(self.flat))]
         return {name: place.of(flats[place.partition]) for name, place in self._places.items()}
+
+    def _values(self, index: int, moment: str | None) -> Tensor:
+        """A partition's masters, or one of its moments; of what is on disk a copy, which `publish` writes back."""
+        flat = self.flat[index]
+        if not self._on_disk(index):
+            return flat if moment is None else self.adamw.state[flat][moment]
+        if index not in self._copies:
+            with self._in_memory(index):
+                held = {None: flat.detach()} | {key: self.adamw.state[flat][key] for key in MOMENTS}
+                self._copies[index] = {key: values.clone() for key, values in held.items()}
+        return self._copies[index][moment]
+
+    def _on_disk(self, index: int) -> bool:
+        """Small partitions stay in memory, also where others are on disk."""
+        return self.zero.offload_optimizer == "nvme" and self.optimizer._swappable_optimizer_subgroup(index)
+
+    @contextmanager
+    def _in_memory(self, index: int, *, write: bool = False) -> Iterator[None]:
+        """Within, masters and moments of a partition are in memory; then they are written back, or let go."""
+        if not self._on_disk(index):
+            yield
+            return
+        self.optimizer._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if write:
+            self.optimizer._optimizer_states_and_gradient_swap_out(index)
+        else:
+            self.optimizer._release_swap_buffers(index)
 
     def steps(self) -> dict[str, Tensor]:
         """Name -> by how many updates its moments were made; what is written there counts from `publish` on."""
@@ -93,8 +126,13 @@ class Partitions:
         return self._steps
 
     def gradients(self) -> list[Tensor]:
-        """What is here of all gradients, each element on one process, and padding, which is 0."""
+        """What is here of all gradients, each element on one process, and padding, which is 0.
+
+        With disks, numbers that have the norms of what is here instead.
+        """
         self._pending = True
+        if self.zero.offload_optimizer == "nvme":
+            return [torch.as_tensor(norm).float().reshape(1) for norm in self.optimizer.norm_for_param_grads.values()]
         if self.zero.offload_optimizer != "none":
             if torch.cuda.is_available():
                 # They are copied beside the computation.
@@ -106,8 +144,12 @@ class Partitions:
 
     def step(self) -> None:
         """Update masters and moments by the gradients, and publish. Collective."""
+        self._copies.clear()
+        if self.divisor != 1.0:
+            self.optimizer.override_loss_scale(self.divisor)
         self.engine.step()
-        self._pending = False
+        self.optimizer.custom_loss_scaler = False
+        self._pending, self.divisor = False, 1.0
 
     def drop_gradients(self) -> None:
         """What is left of gradients goes. Collective, if there is any."""
@@ -134,12 +176,19 @@ class Partitions:
             ValueError: parameters of one group were updated more or less often than others.
         """
         self._take_steps()
+        for index, copies in self._copies.items():
+            with self._in_memory(index, write=True):
+                self.flat[index].copy_(copies[None])
+                for key in MOMENTS:
+                    self.adamw.state[self.flat[index]][key].copy_(copies[key])
         if self.zero.stage != 3:
             self.optimizer.update_lp_params()
             return
         self.optimizer._partition_all_parameters()
         for index in range(len(self.flat)):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            with self._in_memory(index):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        self._copies.clear()
         if kept := self.optimizer.persistent_parameters:
             kept[0].all_gather(kept)
 

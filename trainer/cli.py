@@ -24,12 +24,14 @@ COMMANDS = {
     "generate": ("trainer.commands.generate:generate", "continue a prompt"),
     "convert to-hf": ("trainer.commands.convert:to_hf", "a model as a Hugging Face folder, checked"),
     "convert from-hf": ("trainer.commands.convert:from_hf", "a Hugging Face folder as a step folder, checked"),
+    "convert to-megatron": ("trainer.commands.megatron:to_megatron", "a model as Megatron's GPT checkpoint, checked"),
+    "convert from-megatron": ("trainer.commands.megatron:from_megatron", "Megatron's GPT as a step folder, checked"),
     "upcycle moh": ("trainer.commands.upcycle:moh", "a dense model with heads that are chosen for each token"),
     "upcycle moe": ("trainer.commands.upcycle_moe:moe", "a dense model with copies of its feed-forwards as experts"),
     "upcycle bam": ("trainer.commands.upcycle:bam", "several dense models of one seed as one model of experts"),
     "upcycle mot": ("trainer.commands.upcycle_mot:mot", "a dense model with weights for each modality"),
     "report": ("trainer.commands.report:report", "one HTML page about a run"),
-    "doctor": ("trainer.commands.doctor:doctor", "what is installed and fast, what is missing"),
+    "doctor": ("trainer.commands.doctor:doctor", "what is installed and fast, what stands in the way"),
 }
 
 

@@ -162,7 +162,7 @@ def from_hf(
     kept = asked or torch.float32
     say(f"{folder}: {source.format.class_name}, {described(architecture)}, stored in {name_of(source.dtype)}")
     with new_folder(out) as partial:
-        _write_step_folder(partial, source, architecture, kept)
+        write_step_folder(partial, source, architecture, kept)
         tokens = check_tokens(architecture)
         found = native_logits(StepFolder(partial), tokens, kept, allow_code=allow_code)
         with _readable_by_transformers(source, architecture) as (readable, trust):
@@ -180,7 +180,8 @@ def from_hf(
     return agreement
 
 
-def _write_step_folder(out: Path, source: HuggingFaceFolder, architecture: Architecture, dtype: torch.dtype) -> None:
+def write_step_folder(out: Path, source: Source, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Fill a folder with a checkpoint of step 0: weights alone, read one by one."""
     weights = source.weights(architecture)
     with torch.device("meta"):
         model = Model(architecture).to(dtype)

@@ -11,7 +11,6 @@ import torch
 from model.batch import Batch
 from model.objective import Objective
 from parallel.data import sum_over_ranks
-from parallel.gradients import clip_gradients, gradient_norm
 from parallel.spread import Spread
 from trainer.modalities import counted_of_each, losses_of_each, tokens_of_each
 from trainer.optimizer import set_learning_rate
@@ -71,12 +70,11 @@ class Updater:
         total_nats, stops, *nats_of_each = sum_over_ranks([nats, float(self.stop.requested), *self.model.modality_nats])
         loss = total_nats / max(counted, 1.0)
         self.model.reparam.complete_gradients()
-        gradients, counting = self.model.gradients()
-        norm = gradient_norm(counting, self.model.device).item()
+        norm = self.model.gradient_norm()
         # These numbers are the same on all ranks, so all of them skip or none does.
         skipped = not all(map(math.isfinite, (loss, norm, *self.model.auxiliary.values())))
         if not skipped:
-            clip_gradients(gradients, norm, self.grad_clip)
+            self.model.clip_gradients(norm, self.grad_clip)
             set_learning_rate(self.optimizer, lr)
             with self.model.reparam.raw_weights(), self.model.kept_rows.kept():
                 self.optimizer.step()

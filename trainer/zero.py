@@ -115,6 +115,8 @@ def _wanted(sections: dict[str, Any], world_size: int, precision: str) -> dict[s
         "zero_optimization.stage": (zero.stage, f"parallel.zero_stage = {zero.stage}"),
         "optimizer.type": ("AdamW", f'optimizer.kind = "{"adamw" if optimizer is None else optimizer.kind}"'),
     }
+    path = "zero_optimization.offload_optimizer.nvme_path"
+    wanted[path] = (zero.nvme_dir, f'parallel.nvme_dir = "{zero.nvme_dir}"')
     for ours, name in OFFLOADS.items():
         where = getattr(zero, ours)
         wanted[f"zero_optimization.{name}.device"] = (where, f'parallel.{ours} = "{where}"')

@@ -5,21 +5,15 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import platform
-import socket
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from parallel.nodes import address_towards, interface_address
+from parallel.nodes import address_towards, interfaces
 
 ROOT = Path(__file__).resolve().parents[2]
 IFF_UP = 1
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch")
-
-
-def interfaces() -> dict[str, str]:
-    """Every network interface of this machine with its IPv4 address, empty where it has none."""
-    return {name: interface_address(name) for _, name in socket.if_nameindex()}
 
 
 def listed(found: Mapping[str, str]) -> str:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.preflight.folder import SECONDS_TO_APPEAR, folder_faults, marked
-from launch.preflight.machine import interfaces, listed, version_faults, versions
+from launch.preflight.machine import listed, version_faults, versions
 from launch.preflight.reach import LONGEST_LINE, Unreachable, connect, receive, send
+from parallel.nodes import interfaces
 
 SECONDS_TO_LOOK = SECONDS_TO_APPEAR + 4.0
 SECONDS_BETWEEN_TRIES = 0.3

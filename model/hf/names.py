@@ -194,7 +194,7 @@ def to_hf(tensors: dict[str, Tensor], architecture: Architecture, family: str) -
             left over or of another shape than the architecture says, all of them named.
     """
     known, shapes = places(architecture, family), parameter_shapes(architecture)
-    _check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, "this model")
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, "this model")
     out = {
         outside: known[names[0]].lay_out([tensors[name] for name in names]).contiguous()
         for outside, names in made_of(known).items()
@@ -233,7 +233,7 @@ def match(
     known, shapes = places(architecture, family), parameter_shapes(architecture)
     keys = _parameter_keys(given, read, architecture, family, {place.name for place in known.values()})
     found = {name: given[key] for name, key in keys.items()}
-    _check(found, {place.name: place.shape(shapes[name]) for name, place in known.items()}, "the checkpoint")
+    check_tensors(found, {place.name: place.shape(shapes[name]) for name, place in known.items()}, "the checkpoint")
     return keys
 
 
@@ -385,7 +385,7 @@ def _matching(names: Iterable[str], patterns: Collection[str]) -> set[str]:
     return {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _check(given: Mapping[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], what: str) -> None:
+def check_tensors(given: Mapping[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], what: str) -> None:
     """Raise ValueError naming every tensor that is missing, left over or of another shape."""
     faults = []
     if missing := _listed(wanted.keys() - given.keys()):

@@ -22,16 +22,18 @@ from tests.mutations.gated import FAULTS as OF_GATED
 from tests.mutations.general import FAULTS as GENERAL
 from tests.mutations.launch import FAULTS as IN_LAUNCH
 from tests.mutations.layouts import FAULTS as IN_LAYOUTS
+from tests.mutations.megatron import FAULTS as OF_MEGATRON
 from tests.mutations.objectives import FAULTS as IN_OBJECTIVES
 from tests.mutations.reparam import FAULTS as OF_REPARAM
 from tests.mutations.routing import FAULTS as OF_ROUTING
 from tests.mutations.towers import FAULTS as OF_TOWERS
+from tests.mutations.zero import FAULTS as OF_ZERO
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
 FAULTS = [
     *(*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *IN_LAUNCH),
-    *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM, *OF_EXPERTS, *OF_TOWERS),
+    *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM, *OF_EXPERTS, *OF_TOWERS, *OF_ZERO, *OF_MEGATRON),
 ]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from model.folders import step_folder
 from model.hf import load
 from parallel.config import ParallelConfig
 from parallel.mesh import layout_faults
-from parallel.zero_config import ZeroConfig, engine_tables
+from parallel.zero_config import ZeroConfig, _reads_asynchronously, engine_tables
 from tests.conformance.models import architecture
 from tests.pool import Pool
 from tests.trainer.runs import (
@@ -134,6 +137,16 @@ def test_an_export_is_that_of_torch(pool: Pool, data: str, tmp_path: Path) -> No
     assert torch.allclose(*logits, atol=1e-4)
 
 
+def test_a_process_alone_needs_no_launcher(pool: Pool, data: str, tmp_path: Path) -> None:
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = config(tmp_path / "zero", data, 3)
+    command = [sys.executable, "-m", "trainer", "train", str(path), "--run.precision", "bf16"]
+    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = run(pool, 1, config(tmp_path / "torch", data, None), "--run.precision", "bf16")
+    assert_close(tmp_path / "zero" / "run", theirs)
+
+
 def test_it_begins_with_the_weights_of_another(pool: Pool, data: str, tmp_path: Path) -> None:
     first = run(pool, 1, config(tmp_path / "first", data, None))
     ours, theirs = (
@@ -179,6 +192,34 @@ def test_parameters_that_were_updated_less_often_are_refused(pool: Pool, data: s
     for code, said in pool.run(train, 2, path):
         assert code == 2
         assert "has been updated" in said and 'engine = "torch"' in said, said
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_optimizer_states_wait_on_a_disk(pool: Pool, data: str, tmp_path: Path, precision: str) -> None:
+    """Large partitions are there and small ones are not; clipping is at work, a step is skipped, and it resumes."""
+    if not _reads_asynchronously():
+        pytest.skip("DeepSpeed's async_io does not build here: it needs libaio and its headers (libaio-dev)")
+    (tmp_path / "disk").mkdir()
+    sections: dict[str, Any] = {
+        "run": {"precision": precision},
+        "model": {"d_model": 192},
+        "feedforwards": {"swiglu": {"d_ff": 512}},
+        "optimizer": {"grad_clip": 0.05},
+        "schedule": {"steps": 6, "warmup_steps": 1},
+    }
+    poisoned = NotFinite(1, (2,))
+    torch_s = run(pool, 2, config(tmp_path / "torch", data, None, **sections), patch=poisoned)
+    on_disk = {"offload_optimizer": "nvme", "nvme_dir": str(tmp_path / "disk"), "microbatches": 2}
+    path = config(tmp_path / "zero", data, 3, parallel=on_disk, **sections)
+    ours = run(pool, 2, path, "--run.stop_at_step", "3", patch=NotFinite(1, (3,)))
+    assert list((tmp_path / "disk").rglob("*.swp"))
+    run(pool, 2, path)
+    twin = run(pool, 2, config(tmp_path / "twin", data, 3, parallel=on_disk, **sections), patch=NotFinite(1, (3,)))
+    assert_twins(ours, twin, step=6)
+    assert [record[9] for record in curve(ours)] == [False, True, False, False, False, False]
+    if precision == "fp32":
+        assert_close(ours, torch_s)
 
 
 # What is refused.
@@ -263,7 +304,7 @@ def test_a_json_that_agrees_is_taken(tmp_path: Path) -> None:
     tables = zero_tables(tmp_path, theirs, parallel={"microbatches": 2})
     found = config_from_tables(tables, world_size=2)
     assert found.parallel.zero_stage == 0
-    zero = ZeroConfig(3, "cpu", "none", theirs)
+    zero = ZeroConfig(3, "cpu", theirs=theirs)
     told = engine_tables(zero, "fp32", 2, 2)
     assert told["zero_optimization"]["reduce_bucket_size"] == 1234
     assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
@@ -300,6 +341,8 @@ def test_other_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert 'run.precision = "fp64"' in said and 'reparam.kind = "sigma"' in said
     said = refusal(zero_tables(tmp_path, parallel={"offload_parameters": "cpu", "dp_replicate": 2}))
     assert "needs zero_stage = 3, and it is 2" in said and "parallel.dp_replicate = 2" in said
+    said = refusal(zero_tables(tmp_path, parallel={"offload_optimizer": "nvme"}))
+    assert 'needs zero_stage = 3, and it is 2: take "cpu"' in said and "needs parallel.nvme_dir" in said
     said = refusal(zero_tables(tmp_path, run={"compile": True}, parallel={"zero_stage": 3}))
     assert "take compile = false, or zero_stage = 2" in said
     said = refusal(zero_tables(tmp_path, parallel={"engine": "torch", "zero_stage": 1, "offload_optimizer": "cpu"}))

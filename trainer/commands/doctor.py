@@ -1,70 +1,41 @@
-"""`headway doctor`: what is installed and fast, what is missing."""
+"""`headway doctor [RUN_DIR]`: what is installed and fast, what is missing, and what stands in the way."""
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-LIBRARIES = {
-    "torch": "needed",
-    "megatron-core": "needed: indexed datasets",
-    "sentencepiece": "needed: tokenizers",
-    "transformers": "needed: tokenizers",
-    "triton": "extra gpu: kernels",
-    "deepspeed": "extra deepspeed",
-    "lm-eval": "extra eval",
-    "wandb": "optional sink",
-}
+from trainer.cli import REFUSED
 
 
 @dataclass
 class Arguments:
-    """What is installed and fast, what is missing."""
+    """What is installed and fast, what is missing, and what stands in the way of training on this machine.
+
+    Ends with 0, or with 2 where something stands in the way.
+    """
+
+    run_dir: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN_DIR")] = None
+    """Where a run is to be: is there room, can it be written. Default: the folder you are in."""
 
 
 def doctor(argv: list[str]) -> int:
-    """Print a table of libraries, devices and the paths that will run; returns the exit code."""
-    tyro.cli(Arguments, args=argv, prog="headway doctor")
-    import torch
+    """Look at everything, print it, and return the exit code."""
+    arguments = tyro.cli(Arguments, args=argv, prog="headway doctor")
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("what", "found", "meaning", title="headway doctor")
-    table.add_row("python", platform.python_version(), "")
-    for name, meaning in LIBRARIES.items():
-        table.add_row(name, _version(name), meaning)
-    table.add_row(
-        "processor",
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        torch.backends.cpu.get_cpu_capability(),
-    )
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            table.add_row(f"gpu {index}", torch.cuda.get_device_name(index), _peak(index))
-    else:
-        table.add_row("gpu", "none", "training runs on the CPU with gloo, in fp32")
-    table.add_row("lightning attention", "portable", "chunked, batched products; any device")
-    table.add_row("softmax attention", "torch", "scaled_dot_product_attention")
-    table.add_row("sigmoid attention", "portable", "blocks of queries; any device")
-    Console().print(table)
-    return 0
+    from trainer.doctor import devices, limits, network, place, software
+    from trainer.doctor.show import show
 
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _peak(index: int) -> str:
-    import torch
-
-    from trainer.throughput import peak_flops
-
-    peak = peak_flops(torch.device("cuda", index), "bf16")
-    return "peak not known: no MFU" if peak is None else f"MFU relative to {peak / 1e12:.0f} TFLOP/s (bf16, dense)"
+    report = {
+        "Software": software.look(),
+        "Devices": devices.look(),
+        "Network": network.look(),
+        "Folders and clocks": place.look(arguments.run_dir),
+        "Limits": limits.look(),
+    }
+    show(report, Console())
+    return REFUSED if any(one.fault for findings in report.values() for one in findings) else 0
