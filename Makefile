@@ -6,12 +6,13 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install install-tests quickstart test test-matrix check mutations format clean
+.PHONY: help install install-tests quickstart test test-matrix test-cluster check mutations format clean
 
 help:
 	@echo "make quickstart [TORCH=...]  install, fetch a corpus, train, resume, evaluate, generate, report, export"
 	@echo "make test                    the tests (CPU, no network, at most 15 minutes on 2 cores)"
 	@echo "make test-matrix             the rest of the layout matrix (at most 25 minutes on 2 cores)"
+	@echo "make test-cluster            launchers on clusters of this machine: root, Slurm, sshd (about 10 minutes)"
 	@echo "make check                   format, lint, types, floors, links"
 	@echo "make mutations               plant faults in copies of the code and see the tests fail (some minutes)"
 	@echo "make format                  mend the format"
@@ -41,10 +42,15 @@ quickstart:
 
 test: install-tests
 	# The documents are read in `make check`.
-	$(BIN)/python -m pytest -m "not matrix" --ignore tests/test_documents.py
+	$(BIN)/python -m pytest -m "not matrix and not cluster" --ignore tests/test_documents.py
 
 test-matrix: install-tests
-	$(BIN)/python -m pytest -m matrix
+	$(BIN)/python -m pytest -m "matrix and not cluster"
+
+# Programs that are not Python's: apt-get install slurm-wlm munge openssh-server pdsh iproute2. What is not there, or
+# may not be started, is skipped with the reason.
+test-cluster: install-tests
+	$(BIN)/python -m pytest -m cluster -rs tests/launch
 
 check: install-tests
 	$(BIN)/ruff format --check .

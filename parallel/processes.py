@@ -15,7 +15,10 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Process:
-    """One process of the run, as torchrun describes it (alone: rank 0 of 1). `node` is its node's place of `nodes`."""
+    """One process of the run, as torchrun or DeepSpeed's launcher describes it (alone: rank 0 of 1).
+
+    `node` is its node's place of `nodes`.
+    """
 
     rank: int
     local_rank: int
@@ -40,8 +43,9 @@ def this_process() -> Process:
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         device_type="cuda" if torch.cuda.is_available() else "cpu",
-        node=int(os.environ.get("GROUP_RANK", 0)),
-        nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        # What torchrun calls a group, DeepSpeed's launcher calls cross.
+        node=int(os.environ.get("GROUP_RANK", os.environ.get("CROSS_RANK", 0))),
+        nodes=int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("CROSS_SIZE", 1))),
     )
 
 

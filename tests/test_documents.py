@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from launch.cli import COMMANDS
 from tests.documents import ROOT, TABLE, anchors, code, documents, name_of, prose, sections, table
-from trainer.cli import COMMANDS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:^|\s)headway ([a-z]+)(?: ([a-z-]+))?")

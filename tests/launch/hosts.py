@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,9 +147,27 @@ def torchrun(hosts: Sequence[Host], processes: int, config: Path, *overrides: st
     ]
 
 
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody has at the moment, all different."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [found.getsockname()[1] for found in sockets]
+
+
 def wait_until(happened: Callable[[], bool], seconds: float, what: str) -> None:
     """Look every tenth of a second; fails if it does not happen."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.1)
+
+
+def until_told() -> None:
+    """Wait for Ctrl-C or SIGTERM, which then end nothing by themselves."""
+    awaited = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    signal.sigwait(awaited)
+    # What is started from here on, to clean up, is to hear them again.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)

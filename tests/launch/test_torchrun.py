@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.agent import ending
 from launch.run_folder import run_folder
-from tests.launch.hosts import ROOT, wait_until
+from tests.launch.hosts import ROOT, free_ports, wait_until
 from tests.trainer.runs import status, write_config, write_tokens
 from trainer.metrics import read_metrics
 
@@ -23,7 +25,11 @@ SCRIPT = str(ROOT / "launch/torchrun.sh")
 def torchrun_script(*argv: str, **variables: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PROCESSES": "1"} | variables
     return subprocess.Popen(
-        [SCRIPT, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [SCRIPT, *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -57,6 +63,25 @@ def test_a_signal_to_the_script_leaves_a_checkpoint_and_a_later_refusal_ends_wit
     assert status(run_dir) == found
 
 
+@pytest.mark.parametrize(("settings", "code"), [((), 70), (("--preempted", "75"), 75)])
+def test_a_stop_before_there_are_ranks(settings: tuple[str, ...], code: int) -> None:
+    """The second node never comes: what is stopped is a patient preflight."""
+    alone = ("--nodes", "2", "--node-rank", "0", "--master", "127.0.0.1", "--port", str(free_ports(1)[0]))
+    process = torchrun_script(*alone, "--wait", "1", "--patience", "600", *settings, "configs/quickstart.toml")
+    try:
+        assert process.stdout is not None
+        said = ""
+        while "The preflight is tried again" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, said + rest
+
+
 @pytest.mark.parametrize(
     ("argv", "variables", "sentence"),
     [
@@ -64,6 +89,7 @@ def test_a_signal_to_the_script_leaves_a_checkpoint_and_a_later_refusal_ends_wit
         (["--node", "2", "c.toml"], {}, "--node is no setting"),
         (["--nodes", "none", "c.toml"], {}, "--nodes none: expected a number"),
         (["--nodes"], {}, "--nodes has no value"),
+        (["--patience", "long", "c.toml"], {}, "--patience long: expected a whole number"),
         (["none.toml"], {}, "none.toml cannot be read"),
         (["--nodes", "2", "--node-rank", "0", "configs/quickstart.toml"], {}, "--master is missing"),
         (["configs/quickstart.toml"], {"NODES": "2", "MASTER_ADDR": "10.0.0.1"}, "--node-rank is missing"),
@@ -72,6 +98,26 @@ def test_a_signal_to_the_script_leaves_a_checkpoint_and_a_later_refusal_ends_wit
 def test_what_is_missing_is_refused(argv: list[str], variables: dict[str, str], sentence: str) -> None:
     code, said = ended(*argv, **variables)
     assert (code, sentence in said) == (2, True), said
+
+
+def test_a_scheduler_may_signal_any_process(tmp_path: Path) -> None:
+    """Slurm signals every process of a job: of SIGUSR1 torchrun alone would die, and leave its ranks behind."""
+    config = write_config(tmp_path, write_tokens(tmp_path / "walk"), schedule={"steps": 20_000})
+    run_dir = tmp_path / "run"
+    process = torchrun_script(str(config))
+    started: list[psutil.Process] = []
+    try:
+        wait_until(lambda: len(read_metrics(run_dir)) >= 3, SECONDS, "three steps")
+        started = psutil.Process(process.pid).children(recursive=True)
+        os.kill(started[0].pid, signal.SIGUSR1)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        for left_behind in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left_behind.kill()
+    assert process.returncode == 0, said
+    assert status(run_dir)["state"] == "preempted"
 
 
 def test_help() -> None:
