@@ -155,13 +155,7 @@ class Partitions:
         """What is left of gradients goes. Collective, if there is any."""
         if not self._pending:
             return
-        # DeepSpeed makes its step with gradients of zero, in which AdamW does nothing: so all that belongs to a step is
-        # done with. (Where it finds an overflow itself, its buffers for offload keep what is not finite.)
-        for gradient in self.gradients():
-            gradient.zero_()
-        for norm in getattr(self.optimizer, "norm_for_param_grads", {}).values():
-            norm.zero_()
-        self.optimizer.local_overflow = False
+        # DeepSpeed makes its step, in which AdamW does nothing: so all that belongs to a step is done with.
         self.adamw.step = lambda closure=None: None
         try:
             self.step()
@@ -189,8 +183,6 @@ class Partitions:
             with self._in_memory(index):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         self._copies.clear()
-        if kept := self.optimizer.persistent_parameters:
-            kept[0].all_gather(kept)
 
     def _take_steps(self) -> None:
         """One count serves a whole partition."""

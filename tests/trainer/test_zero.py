@@ -137,6 +137,30 @@ def test_an_export_is_that_of_torch(pool: Pool, data: str, tmp_path: Path) -> No
     assert torch.allclose(*logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_that_three_processes_cannot_share_evenly(pool: Pool, data: str, tmp_path: Path, stage: int) -> None:
+    sections: dict[str, Any] = {"data": {"global_batch_size": 6}, "schedule": {"steps": 4, "warmup_steps": 1}}
+    torch_s = run(pool, 1, config(tmp_path / "torch", data, None, **sections))
+    path = config(tmp_path / "zero", data, stage, **sections)
+    ours = run(pool, 3, path, "--run.stop_at_step", "2")
+    run(pool, 3, path)
+    assert_close(ours, torch_s)
+
+
+def test_experts_are_balanced_as_by_torch(pool: Pool, data: str, tmp_path: Path) -> None:
+    """What is added to their scores is no gradient's, and moves after each update."""
+    moe = {"num_experts": 4, "top_k": 2, "bias_rate": 0.01, "expert": "swiglu"}
+    only: dict[str, Any] = {"feedforwards": {"moe": moe}, "model": {"feedforward_pattern": ["moe"]}}
+    only["schedule"] = {"steps": 3, "warmup_steps": 1}
+    folders = [run(pool, 2, config(tmp_path / f"{stage}", data, stage, **only)) for stage in (None, 3)]
+    ours, theirs = (stored(folder, 3) for folder in folders)
+    biases = [name for name in ours if name.startswith("model.") and name.endswith("selection_bias")]
+    assert len(biases) == 2
+    for name in biases:
+        assert torch.equal(ours[name], theirs[name])
+        assert ours[name].abs().max() > 0.005, "it has hardly moved"
+
+
 def test_a_process_alone_needs_no_launcher(pool: Pool, data: str, tmp_path: Path) -> None:
     known = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     path = config(tmp_path / "zero", data, 3)
