@@ -47,10 +47,10 @@ test: install-tests
 test-matrix: install-tests
 	$(BIN)/python -m pytest -m "matrix and not cluster"
 
-# Programs that are not Python's: apt-get install slurm-wlm munge openssh-server pdsh iproute2. What is not there, or
+# Programs that are not Python's: apt-get install slurm-wlm munge openssh-server pdsh iproute2 libaio-dev. What is not there, or
 # may not be started, is skipped with the reason.
 test-cluster: install-tests
-	$(BIN)/python -m pytest -m cluster -rs tests/launch
+	$(BIN)/python -m pytest -m cluster -rs
 
 check: install-tests
 	$(BIN)/ruff format --check .

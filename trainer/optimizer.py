@@ -5,10 +5,13 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from kernels.apex import fused_adam
 from model.stack import undecayed_names
 from parallel.muon import Muon
 from parallel.spread import Spread
@@ -51,7 +54,7 @@ def build_optimizer(
         group = (config.weight_decay if decayed else 0.0, lr_factors.get(name, 1.0))
         (apart if name in model.apart else cut).setdefault(group, []).append(parameter)
     if isinstance(model, ZeroSpread):
-        partitions = model.start(_adamw(config, cut))
+        partitions = model.start(_adamw(config, cut, by_torch=True))
         return ZeroAdamW(model, partitions, _with_state(_adamw(config, apart)) if apart else None)
     adamw = _with_state(_adamw(config, cut, apart))
     if config.kind == "adamw":
@@ -73,18 +76,21 @@ _Groups = dict[tuple[float, float], list[Tensor]]
 """(Weight decay, factor of the learning rate) -> parameters."""
 
 
-def _adamw(config: OptimizerConfig, *groups: _Groups) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "lr_factor": factor}
-            for part in groups
-            for (decay, factor), parameters in part.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+def _adamw(config: OptimizerConfig, *groups: _Groups, by_torch: bool = False) -> torch.optim.AdamW:
+    """AdamW over these groups: apex's, where it is there, right, and made for such tensors; torch's otherwise."""
+    found: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for part in groups
+        for (decay, factor), parameters in part.items()
+    ]
+    fits = not by_torch and all(_is_plain(parameter) for group in found for parameter in group["params"])
+    kind: Any = (fused_adam() if fits else None) or torch.optim.AdamW
+    return kind(found, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether it is whole, and on a GPU: apex's kernel knows nothing of other tensors."""
+    return parameter.is_cuda and not isinstance(parameter, DTensor)
 
 
 def _with_state(adamw: torch.optim.AdamW) -> torch.optim.AdamW:

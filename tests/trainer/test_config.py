@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import trainer.optimizer
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import process_group, this_process
 from parallel.reparam import PlainWeights
 from parallel.spread import Spread, spread
 from tests.trainer.runs import write_config
-from trainer.config import Config, Refused, ScheduleConfig, config_from_tables, load_config
+from trainer.config import Config, OptimizerConfig, Refused, ScheduleConfig, config_from_tables, load_config
 from trainer.optimizer import build_optimizer, frozen_names, learning_rate, set_learning_rate
 from trainer.resume import config_changes
 
@@ -264,3 +265,16 @@ def test_the_optimizer_is_adamw_by_its_formula() -> None:
         value -= 0.1 * 0.5 * value
         value -= 0.1 * (first / (1 - 0.8**step)) / (math.sqrt(second / (1 - 0.9**step)) + 1e-3)
     assert model.weight.item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_apex_is_taken_for_plain_tensors_alone(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
+    class Stand(torch.optim.AdamW):
+        pass
+
+    monkeypatch.setattr("trainer.optimizer.fused_adam", lambda: Stand)
+    monkeypatch.setattr("trainer.optimizer._is_plain", lambda parameter: plain)
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    for by_torch in (False, True):
+        found = trainer.optimizer._adamw(OptimizerConfig(), {(0.1, 1.0): [parameter]}, by_torch=by_torch)
+        assert type(found) is (Stand if plain and not by_torch else torch.optim.AdamW)

@@ -224,6 +224,9 @@ def test_optimizer_states_wait_on_a_disk(pool: Pool, data: str, tmp_path: Path, 
     """Large partitions are there and small ones are not; clipping is at work, a step is skipped, and it resumes."""
     if not _reads_asynchronously():
         pytest.skip("DeepSpeed's async_io does not build here: it needs libaio and its headers (libaio-dev)")
+    # Compiled here, for minutes, so that no process waits for another that compiles.
+    build = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, timeout=1500)
     (tmp_path / "disk").mkdir()
     sections: dict[str, Any] = {
         "run": {"precision": precision},
