@@ -40,6 +40,9 @@ LR, CLIP = 0.01, 0.5
 EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert": "sglu", "balance_weight": 0.7, "z_loss_weight": 0.1}
 """A mixture whose losses have a good part in every gradient."""
 
+SCALARS = ("losses", "norms", "evaluated", "auxiliary", "by_modality")
+"""What two steps are told in, beside tensors."""
+
 Tensors = dict[str, torch.Tensor]
 Optimizer = Literal["adamw", "muon"]
 
@@ -322,8 +325,7 @@ def two_steps(
     """
     model = build(case, parallel, precision, compiled)
     updater = updater_of(model, case, frozen)
-    scalars = ("losses", "norms", "evaluated", "auxiliary", "by_modality")
-    seen: dict[str, Any] = {what: [] for what in scalars} | {"gradients": {}}
+    seen: dict[str, Any] = {what: [] for what in SCALARS} | {"gradients": {}}
     plain_step = updater.optimizer.step
 
     def noting_step() -> None:
@@ -333,22 +335,27 @@ def two_steps(
 
     updater.optimizer.step = noting_step  # type: ignore[method-assign, assignment]
     for step in (1, 2):
-        outcome = updater.update(share_of(model, step, case.isolated), step, lr=LR)
-        seen["losses"].append(outcome.loss)
-        seen["norms"].append(outcome.grad_norm)
-        seen["auxiliary"] += outcome.auxiliary.values()
-        seen["by_modality"] += [-1.0 if value is None else value for value in outcome.by_modality.values()]
-        # Between training steps, as validation comes: it must leave no trace.
-        model.evaluating(True)
-        nats = torch.tensor(model.evaluate(share_of(model, 100, case.isolated), updater.objective), dtype=torch.float64)
-        model.evaluating(False)
-        dist.all_reduce(nats)
-        seen["evaluated"].append(nats.item())
+        note_step(seen, model, updater, case, step)
     seen["parameters"] = whole(model, dict(told(model)))
     seen["beside"] = beside(model)
     seen["gradients"] = spoken(model, seen["gradients"])
     seen["parameters"] = spoken(model, seen["parameters"])
     return seen
+
+
+def note_step(seen: dict[str, Any], model: Spread, updater: Updater, case: Case, step: int) -> None:
+    """Make a step, and say what it came to, with a validation loss. Collective."""
+    outcome = updater.update(share_of(model, step, case.isolated), step, lr=LR)
+    seen["losses"].append(outcome.loss)
+    seen["norms"].append(outcome.grad_norm)
+    seen["auxiliary"] += outcome.auxiliary.values()
+    seen["by_modality"] += [-1.0 if value is None else value for value in outcome.by_modality.values()]
+    # Between training steps, as validation comes: it must leave no trace.
+    model.evaluating(True)
+    nats = torch.tensor(model.evaluate(share_of(model, 100, case.isolated), updater.objective), dtype=torch.float64)
+    model.evaluating(False)
+    dist.all_reduce(nats)
+    seen["evaluated"].append(nats.item())
 
 
 def plain_gradients(case: Case) -> tuple[float, Tensors]:

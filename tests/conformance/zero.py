@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from parallel.config import ParallelConfig
-from tests.conformance.layouts import LR, Case, beside, build, full, share_of, updater_of
+from tests.conformance.layouts import SCALARS, Case, beside, build, full, note_step, updater_of
 
 
 def _zero(stage: int, **settings: Any) -> ParallelConfig:
@@ -36,23 +35,13 @@ def two_steps_by_zero(case: Case, parallel: ParallelConfig, precision: str = "fp
     found in AdamW's first moments: 1 - beta of them."""
     model = build(case, parallel, precision)
     updater = updater_of(model, case)
-    scalars = ("losses", "norms", "evaluated", "auxiliary", "by_modality")
-    seen: dict[str, Any] = {what: [] for what in scalars}
+    seen: dict[str, Any] = {what: [] for what in SCALARS}
     for step in (1, 2):
-        outcome = updater.update(share_of(model, step, case.isolated), step, lr=LR)
-        seen["losses"].append(outcome.loss)
-        seen["norms"].append(outcome.grad_norm)
-        seen["auxiliary"] += outcome.auxiliary.values()
-        seen["by_modality"] += [-1.0 if value is None else value for value in outcome.by_modality.values()]
+        note_step(seen, model, updater, case, step)
         if step == 1:
             states = updater.optimizer.state
             found = {name: states[p]["exp_avg"] for name, p in model.learned.items() if p in states}
             seen["gradients"] = {name: full(moment) / (1 - 0.9) for name, moment in found.items()}
-        model.evaluating(True)
-        nats = torch.tensor(model.evaluate(share_of(model, 100, case.isolated), updater.objective), dtype=torch.float64)
-        model.evaluating(False)
-        dist.all_reduce(nats)
-        seen["evaluated"].append(nats.item())
     parameters = {name: full(whole).detach().clone() for name, whole in model.whole_parameters().items()}
     seen["parameters"] = parameters | {name: p.detach().clone() for name, p in model.beside.items()}
     seen["beside"] = beside(model)
