@@ -338,7 +338,7 @@ def work_loop(size: dict[str, int], rounds: int, steps: int, turns: Turns) -> No
             "schedule": {"steps": updates, "warmup_steps": WARMUP},
         }
         config, process = config_from_tables(tables), this_process()
-        plan = make_plan(config, process)
+        plan = make_plan(config)
         prepare_run_folder(config, plan)
         status = Status(folder / "run", is_first=True)
         with StopRequest() as stop, process_group(process), open_run(config, plan, process, stop, status) as run:

@@ -84,7 +84,8 @@ def _named() -> str:
 
 
 def _as_torch_has_it(theirs: Any) -> type[torch.optim.Optimizer]:
-    """FusedAdam with torch's signature and state: `step` of each parameter, where apex counts in its groups."""
+    """FusedAdam with torch's signature and state: `step` of each parameter, where apex counts in its groups. It is kept
+    on the CPU, since it is looked at before each update."""
 
     class FusedAdamW(theirs):
         """apex's FusedAdam, in the place of torch's AdamW."""
@@ -112,7 +113,7 @@ def _as_torch_has_it(theirs: Any) -> type[torch.optim.Optimizer]:
         def _state(self, parameter: Tensor) -> Any:
             state = self.state[parameter]
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             return state
 

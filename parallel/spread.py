@@ -210,10 +210,9 @@ class Spread:
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """After `train`: all gradients here, and those of them that count here in the global norm."""
-        trained = {name: p for name, p in self.learned.items() if p.requires_grad}
         if self._counted is None:
-            self._counted = {name for name, p in trained.items() if counts_here(self.whole(name, p))}
-        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+            self._counted = {name for name, p in self.learned.items() if counts_here(self.whole(name, p))}
+        found = {name: p.grad for name, p in self.learned.items() if p.requires_grad and p.grad is not None}
         return list(found.values()), [gradient for name, gradient in found.items() if name in self._counted]
 
     def gradient_norm(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,9 +83,13 @@ class Partitions:
         if (mapping := parameter._hp_mapping) is not None:
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
             return _Place(parameter.shape, mapping.param_group_index, here.start, there.start, here.numel)
+        return _Place(parameter.shape, self._groups[id(parameter)], 0, 0, 0)
+
+    @cached_property
+    def _groups(self) -> dict[int, int]:
+        """Of which group each parameter is, in the optimizers of stages 1 and 2."""
         groups = self.optimizer.bf16_groups if self._in_bf16 else self.optimizer.bit16_groups
-        group = next(i for i, group in enumerate(groups) if any(other is parameter for other in group))
-        return _Place(parameter.shape, group, 0, 0, 0)
+        return {id(parameter): index for index, group in enumerate(groups) for parameter in group}
 
     def fragments(self, moment: str | None = None) -> dict[str, Fragment]:
         """Name -> what is here of its master, or of one of its moments; they share memory with DeepSpeed's."""
@@ -121,8 +126,9 @@ class Partitions:
 
     def steps(self) -> dict[str, Tensor]:
         """Name -> by how many updates its moments were made; what is written there counts from `publish` on."""
+        counts = [float(self.adamw.state[flat]["step"]) for flat in self.flat]
         for name, place in self._places.items():
-            self._steps[name].copy_(self.adamw.state[self.flat[place.partition]]["step"])
+            self._steps[name].fill_(counts[place.partition])
         return self._steps
 
     def gradients(self) -> list[Tensor]:

@@ -49,12 +49,13 @@ def training_state(model: Spread, optimizer: torch.optim.Optimizer, counters: Co
     """Everything a checkpoint holds, as tensors by global name, each as a part of the whole model's; loading writes
     into the same tensors."""
     moments = {}
+    # ZeRO puts it together anew each time that it is asked for.
+    states = optimizer.state
     for name, parameter in model.learned.items():
-        if parameter in optimizer.state:
-            state = optimizer.state[parameter]
+        if parameter in states:
             # AdamW's count of steps is one number; the rest is shaped like the parameter.
             moments[name] = {
-                key: value if value.ndim == 0 else model.whole(name, value) for key, value in state.items()
+                key: value if value.ndim == 0 else model.whole(name, value) for key, value in states[parameter].items()
             }
     counts = {key: torch.tensor(value, dtype=torch.int64) for key, value in asdict(counters).items()}
     state = {"model": model.whole_parameters(), "optimizer": moments, "counters": counts}

@@ -95,10 +95,12 @@ def _is_plain(parameter: Tensor) -> bool:
 
 def _with_state(adamw: torch.optim.AdamW) -> torch.optim.AdamW:
     """All state is there from the beginning."""
+    # torch's fused kernel counts on the device; apex's is told the count.
+    on_device = isinstance(adamw, torch.optim.AdamW)
     for group in adamw.param_groups:
         for parameter in group["params"]:
             adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -11,7 +11,6 @@ from typing import Any
 
 from model.folders import check_files, newest_complete, read_manifest, step_of
 from model.settings import without_none
-from parallel.processes import Process
 from trainer.config import FREE_SECTIONS, SECTIONS, Config, Refused, default_precision
 
 
@@ -36,7 +35,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def make_plan(config: Config, process: Process) -> Plan:
+def make_plan(config: Config) -> Plan:
     """Decide where to start from. The first rank's business; it needs no process group.
 
     Raises:

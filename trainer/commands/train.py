@@ -41,7 +41,7 @@ def _train(path: Path, overrides: list[str], stop: StopRequest) -> int:
     try:
         config = load_config(path, overrides, process=process)
         if process.is_first:
-            plan = _plan(config, process)
+            plan = _plan(config)
     except Exception as error:
         seen_by_all = isinstance(error, Refused) and error.seen_by_all
         if seen_by_all and not process.is_first:
@@ -59,11 +59,11 @@ def _train(path: Path, overrides: list[str], stop: StopRequest) -> int:
         return REFUSED if plan is None else _train_together(config, plan, process, stop)
 
 
-def _plan(config: Config, process: Process) -> Plan:
+def _plan(config: Config) -> Plan:
     """Where to start from, and the run folder made ready for it."""
     from trainer.resume import make_plan, prepare_run_folder
 
-    plan = make_plan(config, process)
+    plan = make_plan(config)
     if plan.already_done:
         print(plan.already_done, file=sys.stderr)
     else:
