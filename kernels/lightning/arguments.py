@@ -38,3 +38,17 @@ def check_arguments(
         raise ValueError(f"documents must be [{batch}, {length}], received {list(documents.shape)}")
     if documents is not None and (documents.is_floating_point() or documents.is_complex()):
         raise ValueError(f"documents must be integers, received {documents.dtype}")
+
+
+WIDEST = 256
+"""Channels of a head that the Triton form takes at most."""
+
+
+def too_large(q_BNHd: Tensor, v_BNHe: Tensor) -> str:
+    """Why the Triton form does not take such shapes, in words; "" if it does."""
+    widest = max(q_BNHd.shape[3], v_BNHe.shape[3])
+    if widest > WIDEST:
+        return f"a head is {widest} wide, and {WIDEST} is the most"
+    if q_BNHd.shape[0] * q_BNHd.shape[2] > 65535:
+        return "there are more than 65535 rows times heads"
+    return ""

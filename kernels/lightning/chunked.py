@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.lightning.arguments import check_arguments
+from kernels.dispatch import triton_form, uses_triton
+from kernels.lightning.arguments import check_arguments, too_large
 from kernels.lightning.states import Boundaries, carry_states, transfer
 from kernels.precision import computing_dtype, without_autocast
 
@@ -62,6 +63,8 @@ def lightning_attention(
         initial_state = initial_state.to(dtype)
     if q.shape[1] == 1:
         return _one_token(q, k, v, slopes, initial_state)
+    if uses_triton("lightning", q, too_large(q, v)):
+        return triton_form("lightning").lightning(q, k, v, slopes, initial_state, documents)
     chunk = _default_chunk(q, v) if chunk_size is None else min(chunk_size, q.shape[1])
     return _ChunkedLightning.apply(q, k, v, slopes, initial_state, documents, chunk)
 

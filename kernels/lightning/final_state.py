@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.lightning.arguments import check_arguments
+from kernels.dispatch import triton_form, uses_triton
+from kernels.lightning.arguments import check_arguments, too_large
 from kernels.precision import computing_dtype, without_autocast
 
 
@@ -22,7 +23,10 @@ def lightning_final_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Tenso
     Source: arXiv 2405.17381 App. A (Eq. 15-17), unrolled; LASP-2 (arXiv 2502.07563) gathers it.
     """
     check_arguments(k, k, v, slopes, None, documents)
-    return _FinalState.apply(k, v, slopes.detach().to(computing_dtype(k)), documents)
+    slopes = slopes.detach().to(computing_dtype(k))
+    if uses_triton("lightning", k, too_large(k, v)):
+        return triton_form("lightning").final_state(k, v, slopes, documents)
+    return _FinalState.apply(k, v, slopes, documents)
 
 
 def _left_at_end(slopes_H: Tensor, length: int, documents: Tensor | None) -> Tensor:
