@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.lightning.triton_kernels import outputs_kernel, states_kernel
+from kernels.lightning.triton_kernels import gradients_kernel, outputs_kernel, states_kernel
 
 
 class Tiles(NamedTuple):
@@ -40,7 +40,10 @@ OUTPUTS = {
     192: Tiles(64, 64, 4, 2),
     256: Tiles(64, 128, 8, 2),
 }
-"""By measurement on a GPU (benchmarks/results/kernels.jsonl); one entry a width, and no search when a run starts."""
+GRADIENTS: dict[int, tuple[int, int]] = {32: (4, 2), 64: (4, 2), 96: (8, 2), 128: (8, 2)}
+"""Warps and stages. Wider heads do not fit into one block: their gradients are three launches for outputs.
+
+By measurement on a GPU (benchmarks/results/kernels.jsonl); one entry a width, and no search when a run starts."""
 
 WIDTHS = tuple(CHUNK)
 
@@ -158,6 +161,26 @@ def _run_outputs(
     return out
 
 
+def _run_gradients(
+    case: _Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, states_BHTde: Tensor, d_states_BHTde: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous."""
+    if case.width not in GRADIENTS:
+        dq = _run_outputs(case, d_out, v, k, states_BHTde, backwards=False, turned=True)
+        dk = _run_outputs(case, v, d_out, q, d_states_BHTde, backwards=True, turned=True)
+        return dq, dk, _run_outputs(case, k, q, d_out, d_states_BHTde, backwards=True)
+    warps, stages = GRADIENTS[case.width]
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    gradients_kernel[(case.num_chunks, case.batch * case.heads)](
+        q, k, v, d_out, case.slopes_H, case.documents, states_BHTde, d_states_BHTde, dq, dk, dv, case.length,
+        case.heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+        D=case.key_width, E=case.value_width, C=case.chunk,
+        BLOCK_D=_power(case.key_width), BLOCK_E=_power(case.value_width),
+        PACKED=case.documents is not None, PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def _power(width: int) -> int:
     """The block that holds so many channels: a power of two, as a product wants it."""
     return max(16, triton.next_power_of_2(width))
@@ -211,12 +234,8 @@ def _backward(
     d_out, q, k, v = (_rows(x) for x in (d_out, q, k, v))
     case = _Case.of(k, v, slopes_H, documents)
     states, _ = _run_states(case, k, v, initial, backwards=False)
-    dq = _run_outputs(case, d_out, v, k, states, backwards=False, turned=True)
-    del states
     d_states, d_initial = _run_states(case, q, d_out, d_final, backwards=True)
-    dk = _run_outputs(case, v, d_out, q, d_states, backwards=True, turned=True)
-    dv = _run_outputs(case, k, q, d_out, d_states, backwards=True)
-    return dq, dk, dv, d_initial
+    return *_run_gradients(case, q, k, v, d_out, states, d_states), d_initial
 
 
 def _state(k: Tensor, v: Tensor, slopes_H: Tensor, documents: Tensor | None) -> Tensor:

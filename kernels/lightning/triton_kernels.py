@@ -181,3 +181,70 @@ def outputs_kernel(
     out_Cz = tl.dot(scores_CC.to(z_Cz.dtype), z_Cz, acc=out_Cz, input_precision=PRECISION)
     out += row_of_batch * o_row + head * o_head
     tl.store(out + token[:, None] * o_token + channel[None, :], out_Cz.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradients_kernel(
+    q, k, v, d_out, slopes, documents, states, d_states, dq, dk, dv,
+    length, num_heads,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
+    D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What three launches of `outputs_kernel` compute for the derivative, reading everything once.
+
+    For heads that fit into one block. Grid: (T, B * H). dq, dk [B, N, H, d] and dv [B, N, H, e], contiguous; states
+    before each chunk and cotangents of those after it [B, H, T, d, e].
+    """
+    chunk, head_of_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row_of_batch, head = head_of_row // num_heads, head_of_row % num_heads
+    log2_decay = tl.load(slopes + head).to(tl.float32) * -1.4426950408889634
+    rows = tl.arange(0, C)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    first = chunk * C
+    end = tl.minimum(first + C, length)
+    token = (first + rows).to(tl.int64)
+    is_token = token < end
+    mask_Cd = is_token[:, None] & (d < D)[None, :]
+    mask_Ce = is_token[:, None] & (e < E)[None, :]
+    to_q = row_of_batch * q_row + head * q_head + token[:, None] * q_token + d[None, :]
+    to_k = row_of_batch * k_row + head * k_head + token[:, None] * k_token + d[None, :]
+    to_v = row_of_batch * v_row + head * v_head + token[:, None] * v_token + e[None, :]
+    to_o = row_of_batch * o_row + head * o_head + token[:, None] * o_token + e[None, :]
+    place_de = (head_of_row * ((length + C - 1) // C) + chunk) * D * E + d[:, None] * E + e[None, :]
+    mask_de = (d < D)[:, None] & (e < E)[None, :]
+    in_row = (row_of_batch * length + token)[:, None] * num_heads + head
+
+    ahead = rows[:, None] - rows[None, :]
+    seen = ahead >= 0
+    enter = tl.exp2(log2_decay * (rows + 1).to(tl.float32))
+    leave = tl.exp2(log2_decay * tl.maximum(end - 1 - first - rows, 0).to(tl.float32))
+    if PACKED:
+        of_row = tl.load(documents + row_of_batch * length + token, mask=is_token, other=-1)
+        seen = seen & (of_row[:, None] == of_row[None, :])
+        enter = tl.where(of_row == _edge_document(documents, row_of_batch, first, length), enter, 0.0)
+        leave = tl.where(of_row == _edge_document(documents, row_of_batch, end, length), leave, 0.0)
+    decay_CC = tl.where(seen, tl.exp2(log2_decay * tl.maximum(ahead, 0).to(tl.float32)), 0.0)
+
+    d_out_Ce = tl.load(d_out + to_o, mask=mask_Ce, other=0.0)
+    v_Ce = tl.load(v + to_v, mask=mask_Ce, other=0.0)
+    d_scores_CC = tl.dot(d_out_Ce, tl.trans(v_Ce), input_precision=PRECISION) * decay_CC
+    d_scores_CC = d_scores_CC.to(v_Ce.dtype)
+
+    state_de = tl.load(states + place_de, mask=mask_de, other=0.0)
+    dq_Cd = tl.dot(d_out_Ce, tl.trans(state_de), input_precision=PRECISION) * enter[:, None]
+    k_Cd = tl.load(k + to_k, mask=mask_Cd, other=0.0)
+    dq_Cd = tl.dot(d_scores_CC, k_Cd, acc=dq_Cd, input_precision=PRECISION)
+    tl.store(dq + in_row * D + d[None, :], dq_Cd.to(dq.dtype.element_ty), mask=mask_Cd)
+
+    d_state_de = tl.load(d_states + place_de, mask=mask_de, other=0.0)
+    dk_Cd = tl.dot(v_Ce, tl.trans(d_state_de), input_precision=PRECISION) * leave[:, None]
+    q_Cd = tl.load(q + to_q, mask=mask_Cd, other=0.0)
+    dk_Cd = tl.dot(tl.trans(d_scores_CC), q_Cd, acc=dk_Cd, input_precision=PRECISION)
+    tl.store(dk + in_row * D + d[None, :], dk_Cd.to(dk.dtype.element_ty), mask=mask_Cd)
+
+    # Turned, so that products have their left side in registers as it comes.
+    scores_CC = tl.dot(k_Cd, tl.trans(q_Cd), input_precision=PRECISION) * tl.trans(decay_CC)
+    dv_Ce = tl.dot(k_Cd, d_state_de, input_precision=PRECISION) * leave[:, None]
+    dv_Ce = tl.dot(scores_CC.to(v_Ce.dtype), d_out_Ce, acc=dv_Ce, input_precision=PRECISION)
+    tl.store(dv + in_row * E + e[None, :], dv_Ce.to(dv.dtype.element_ty), mask=mask_Ce)

@@ -50,6 +50,13 @@ def test_it_is_the_equation(key_width, value_width, length):
     assert_right(make_case(length=length, key_width=key_width, value_width=value_width, batch=1))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_three_launches_are_the_gradients_as_well(monkeypatch, packed):
+    monkeypatch.setattr(triton_form, "GRADIENTS", {})
+    documents = make_documents(2, 130, 40.0) if packed else None
+    assert_right(make_case(length=130, key_width=16, value_width=24), documents=documents)
+
+
 @pytest.mark.parametrize(("key_width", "value_width"), [(192, 192), (256, 128), (128, 256)])
 def test_wide_heads_are_cut(key_width, value_width):
     assert_right(make_case(length=70, key_width=key_width, value_width=value_width, batch=1, slopes=SLOPES[1:2]))
