@@ -13,7 +13,7 @@ from kernels.lightning.triton_kernels import gradients_kernel, outputs_kernel, s
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: the block of the contracted width (d for states), of the other one, warps and stages."""
+    """How a kernel is cut: the blocks of the two widths (d and e of states; contracted and other of outputs)."""
 
     inner: int
     outer: int
@@ -21,31 +21,31 @@ class Tiles(NamedTuple):
     stages: int
 
 
-CHUNK = {32: 64, 64: 64, 96: 64, 128: 64, 192: 64, 256: 64}
-"""Tokens of a chunk, by the larger of the widths (the next one here): states are written once a chunk."""
+class Plan(NamedTuple):
+    """What is fixed for a width of heads: tokens of a chunk, and how each kernel is cut.
 
-STATES = {
-    32: Tiles(32, 32, 4, 3),
-    64: Tiles(64, 64, 4, 3),
-    96: Tiles(32, 128, 4, 3),
-    128: Tiles(64, 128, 4, 3),
-    192: Tiles(64, 64, 4, 3),
-    256: Tiles(64, 128, 4, 3),
+    `gradients`: None where a head does not fit into one block; its gradients are three launches for outputs.
+    """
+
+    chunk: int
+    states: Tiles
+    outputs: Tiles
+    gradients: Tiles | None
+
+
+PLANS = {
+    32: Plan(64, Tiles(32, 32, 4, 3), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    64: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    96: Plan(64, Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 1), Tiles(128, 128, 8, 1)),
+    128: Plan(64, Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 1), Tiles(128, 128, 8, 1)),
+    192: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1), None),
+    256: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 1), None),
 }
-OUTPUTS = {
-    32: Tiles(32, 32, 4, 2),
-    64: Tiles(64, 64, 4, 2),
-    96: Tiles(128, 128, 8, 2),
-    128: Tiles(128, 128, 8, 2),
-    192: Tiles(64, 64, 4, 2),
-    256: Tiles(64, 128, 8, 2),
-}
-GRADIENTS: dict[int, tuple[int, int]] = {32: (4, 2), 64: (4, 2), 96: (8, 2), 128: (8, 2)}
-"""Warps and stages. Wider heads do not fit into one block: their gradients are three launches for outputs.
+"""By the larger of the widths (the next one here), of numbers of two bytes. By measurement on a GPU; there is no search
+when a run starts."""
 
-By measurement on a GPU (benchmarks/results/kernels.jsonl); one entry a width, and no search when a run starts."""
-
-WIDTHS = tuple(CHUNK)
+WIDE_PLAN = Plan(64, Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1), None)
+"""Of float32. Its products are of three times as many parts, which larger blocks have no room for."""
 
 # A segment is a piece of the sequence whose states one program sums up. More of them keep a GPU busy where there are few
 # rows and heads; k and v are then read twice.
@@ -86,33 +86,27 @@ class _Case(NamedTuple):
     heads: int
     key_width: int
     value_width: int
+    plan: Plan
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, slopes_H: Tensor, documents: Tensor | None) -> _Case:
         if documents is not None:
             documents = documents.contiguous()
-        return cls(slopes_H.contiguous(), documents, *k.shape, v.shape[3])
-
-    @property
-    def width(self) -> int:
-        """That of the table's line."""
-        widest = max(self.key_width, self.value_width)
-        return next(width for width in WIDTHS if width >= widest)
-
-    @property
-    def chunk(self) -> int:
-        return CHUNK[self.width]
+        widest = max(k.shape[3], v.shape[3])
+        narrow = next(plan for width, plan in PLANS.items() if width >= widest)
+        plan = narrow if k.dtype.itemsize == 2 else WIDE_PLAN
+        return cls(slopes_H.contiguous(), documents, *k.shape, v.shape[3], plan)
 
     @property
     def num_chunks(self) -> int:
-        return triton.cdiv(self.length, self.chunk)
+        return triton.cdiv(self.length, self.plan.chunk)
 
 
 def _run_states(
     case: _Case, x: Tensor, y: Tensor, carry_BHde: Tensor | None, *, backwards: bool, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
     """States at the edges of all chunks `[B, H, T, d, e]` (nothing without `keep`), and the last one, float32."""
-    tiles = STATES[case.width]
+    tiles = case.plan.states
     d, e = case.key_width, case.value_width
     shape = (case.batch, case.heads)
     block_d, block_e = (min(tiles.inner, _power(d)), min(tiles.outer, _power(e)))
@@ -129,7 +123,7 @@ def _run_states(
         states_kernel[(blocks, segments, case.batch * case.heads)](
             x, y, case.slopes_H, case.documents, carry, totals, states, last,
             case.length, case.heads, segments, chunks_a_segment, *x.stride()[:3], *y.stride()[:3],
-            D=d, E=e, C=case.chunk, BLOCK_D=block_d, BLOCK_E=block_e,
+            D=d, E=e, C=case.plan.chunk, BLOCK_D=block_d, BLOCK_E=block_e,
             PACKED=case.documents is not None, HAS_CARRY=carry is not None and not totals_only, BACKWARDS=backwards,
             TOTALS_ONLY=totals_only, HAS_TOTALS=segments > 1 and not totals_only,
             KEEP=keep and not totals_only, PRECISION=_precision(x),
@@ -146,7 +140,7 @@ def _run_outputs(
     case: _Case, x: Tensor, y: Tensor, z: Tensor, states_BHTde: Tensor, *, backwards: bool, turned: bool = False
 ) -> Tensor:
     """`[B, N, H, Z]`, contiguous. `turned`: x and y are as wide as values, and z as keys."""
-    tiles = OUTPUTS[case.width]
+    tiles = case.plan.outputs
     wide_x, wide_z = x.shape[3], z.shape[3]
     block_x, block_z = min(tiles.inner, _power(wide_x)), min(tiles.outer, _power(wide_z))
     out = torch.empty(z.shape, device=z.device, dtype=z.dtype)
@@ -154,7 +148,7 @@ def _run_outputs(
         x, y, z, case.slopes_H, case.documents, states_BHTde, out, case.length, case.heads,
         *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *out.stride()[:3],
         *((1, case.value_width) if turned else (case.value_width, 1)),
-        X=wide_x, Z=wide_z, C=case.chunk, BLOCK_X=block_x, BLOCK_Z=block_z,
+        X=wide_x, Z=wide_z, C=case.plan.chunk, BLOCK_X=block_x, BLOCK_Z=block_z,
         PACKED=case.documents is not None, BACKWARDS=backwards, PRECISION=_precision(x),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -165,18 +159,18 @@ def _run_gradients(
     case: _Case, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, states_BHTde: Tensor, d_states_BHTde: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, contiguous."""
-    if case.width not in GRADIENTS:
+    tiles = case.plan.gradients
+    if tiles is None:
         dq = _run_outputs(case, d_out, v, k, states_BHTde, backwards=False, turned=True)
         dk = _run_outputs(case, v, d_out, q, d_states_BHTde, backwards=True, turned=True)
         return dq, dk, _run_outputs(case, k, q, d_out, d_states_BHTde, backwards=True)
-    warps, stages = GRADIENTS[case.width]
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     gradients_kernel[(case.num_chunks, case.batch * case.heads)](
         q, k, v, d_out, case.slopes_H, case.documents, states_BHTde, d_states_BHTde, dq, dk, dv, case.length,
         case.heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
-        D=case.key_width, E=case.value_width, C=case.chunk,
+        D=case.key_width, E=case.value_width, C=case.plan.chunk,
         BLOCK_D=_power(case.key_width), BLOCK_E=_power(case.value_width),
-        PACKED=case.documents is not None, PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+        PACKED=case.documents is not None, PRECISION=_precision(q), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -199,9 +193,11 @@ def _processors(device: torch.device) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """Of products of float32: as torch's own are set to."""
-    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """Of products of float32: as torch's own are set to. Exact ones are made of three of the matrix units' (to 1e-6 or
+    so): without those units they would take minutes to compile, and longer to run."""
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -51,8 +51,9 @@ def test_it_is_the_equation(key_width, value_width, length):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_three_launches_are_the_gradients_as_well(monkeypatch, packed):
-    monkeypatch.setattr(triton_form, "GRADIENTS", {})
+def test_gradients_in_one_launch(monkeypatch, packed):
+    """As numbers of two bytes have it, which the interpreter cannot multiply."""
+    monkeypatch.setattr(triton_form, "WIDE_PLAN", triton_form.PLANS[64])
     documents = make_documents(2, 130, 40.0) if packed else None
     assert_right(make_case(length=130, key_width=16, value_width=24), documents=documents)
 
