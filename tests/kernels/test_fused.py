@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels.dispatch import forced
+from kernels.fused.cross_entropy import linear_cross_entropy
 from kernels.fused.glu import glu
 from kernels.fused.norm_gate import norm_gate
 
@@ -154,6 +158,166 @@ def test_refusals() -> None:
         glu(x, x.double())
 
 
+# ------------------------------------------------------------------------------------ head and cross-entropy
+
+
+def head(
+    tokens: int, vocab_size: int, ignored: float = 0.3, width: int = 12, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stream, a weight, and targets of which a part is ignored."""
+    targets = torch.randint(vocab_size, (tokens,))
+    targets[torch.rand(tokens) < ignored] = -100
+    return scale * torch.randn(tokens, width), torch.randn(vocab_size, width), targets
+
+
+def nats_equation(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    own = logits[torch.arange(len(targets)), targets.clamp(min=0)]
+    return (logits.logsumexp(-1) - own) * (targets != -100)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 50, 1000])
+@pytest.mark.parametrize(("vocab_size", "scale"), [(37, 1.0), (5000, 1.0), (37, 100.0)])
+def test_linear_cross_entropy_is_its_equation(form: str, chunk: int | None, vocab_size: int, scale: float) -> None:
+    """Chunks that divide the tokens and that do not; logits far beyond where exp overflows."""
+    hidden, weight, targets = head(50, vocab_size, scale=scale)
+    nats: list[Tensor] = []
+
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        total, nats_T = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+        assert not nats_T.requires_grad
+        nats.append(nats_T)
+        return total
+
+    assert_alike(ours, lambda h, w: nats_equation(h, w, targets).sum(), [hidden, weight])
+    assert nats[0].dtype == torch.float32
+    assert apart(nats[0], nats_equation(hidden.double(), weight.double(), targets)) < 1e-6
+    assert torch.equal(nats[0] == 0, targets == -100)
+
+
+def test_in_fp64_chunks_make_no_difference() -> None:
+    hidden, weight, targets = head(50, 37)
+    assert_alike(
+        lambda h, w: linear_cross_entropy(h, w, targets, chunk=11)[0],
+        lambda h, w: nats_equation(h, w, targets).sum(),
+        [hidden.double(), weight.double()],
+        1e-13,
+    )
+
+
+def test_another_number_is_ignored(form: str) -> None:
+    hidden, weight, targets = head(9, 5, ignored=0.0)
+    total, nats = linear_cross_entropy(hidden, weight, targets, ignored=3)
+    wanted = nats_equation(hidden, weight, torch.where(targets == 3, -100, targets))
+    assert torch.allclose(nats, wanted, rtol=1e-5)
+    assert torch.allclose(total, wanted.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [0, 6])
+def test_nothing_counts(form: str, tokens: int) -> None:
+    hidden, weight, targets = head(tokens, 11, ignored=2.0)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    total, nats = linear_cross_entropy(hidden, weight, targets, chunk=4)
+    gradients = torch.autograd.grad(total, leaves)
+    assert total == 0
+    assert torch.equal(nats, torch.zeros(tokens))
+    assert all(torch.equal(gradient, torch.zeros_like(leaf)) for gradient, leaf in zip(gradients, leaves, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_of_the_two_is_frozen(form: str, frozen: int) -> None:
+    hidden, weight, targets = head(9, 11)
+    both = [hidden, weight]
+    free = both[1 - frozen].requires_grad_()
+    linear_cross_entropy(*both, targets)[0].backward()
+    assert both[frozen].grad is None
+    (wanted,) = torch.autograd.grad(nats_equation(hidden, weight, targets).sum(), [free])
+    assert torch.allclose(free.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_cotangents_are_taken_as_often_as_they_come(form: str) -> None:
+    """What forward has left is not used up by a first backward."""
+    hidden, weight, targets = head(9, 11)
+    total, _ = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    first = torch.autograd.grad(total, [hidden, weight], torch.tensor(0.5), retain_graph=True)
+    second = torch.autograd.grad(3 * total, [hidden, weight])
+    assert all(torch.allclose(6 * a, b) for a, b in zip(first, second, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation has made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_are_never_whole(form: str, grad: bool) -> None:
+    """No tensor has T x V numbers, nor more than the chunk's logits; the plain way, seen by the same eye, has."""
+    from kernels.fused import cross_entropy
+
+    # A mode does not see into an operator: its parts are called as they are.
+    hidden, weight, targets = head(64, 100, width=4)
+    with Largest() as seen:
+        cross_entropy._linear_cross_entropy(hidden, weight, targets, -100, 8, grad, grad)
+    # Triton's interpreter copies tensors byte by byte.
+    assert seen.numbers == 8 * 100 * (4 if form == "triton" else 1)
+    with Largest() as plain:
+        nats_equation(hidden, weight, targets)
+    assert plain.numbers == 64 * 100
+
+
+def test_bfloat16_sums_over_chunks_in_fp32() -> None:
+    """The weight's gradient is as good with many chunks as with one."""
+    hidden, weight, targets = (x.bfloat16() if x.is_floating_point() else x for x in head(2048, 17, width=8))
+    leaf = weight.requires_grad_()
+    wanted = torch.autograd.grad(nats_equation(hidden.double(), leaf.double(), targets).sum(), [leaf])[0]
+    for chunk in (8, 2048):
+        total, nats = linear_cross_entropy(hidden, leaf, targets, chunk=chunk)
+        assert total.dtype == nats.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(total, [leaf])
+        assert gradient.dtype == torch.bfloat16
+        assert apart(gradient, wanted.double()) < 8e-3, chunk
+
+
+def test_compiled_head(form: str) -> None:
+    hidden, weight, targets = head(9, 11)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets)[0] * 2
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    ours, theirs = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_operators_are_well_formed(form: str) -> None:
+    hidden, weight, targets = head(9, 11)
+    wanted = (hidden.requires_grad_(), weight.requires_grad_(), targets, -100, 4, True, True)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.headway.linear_cross_entropy.default, wanted, test_utils=tests)
+    if form == "triton":
+        inner = (hidden, hidden.detach().clone(), None, 1e-6, "silu")
+        torch.library.opcheck(torch.ops.headway.norm_gate.default, inner, test_utils=tests)
+        torch.library.opcheck(torch.ops.headway.glu.default, (*inner[:2], "silu"), test_utils=tests)
+
+
+def test_refusals_of_the_head() -> None:
+    hidden, weight, targets = head(9, 11)
+    with pytest.raises(ValueError, match=r"received \[9, 12\], \[12, 11\] and \[9\]"):
+        linear_cross_entropy(hidden, weight.T, targets)
+    with pytest.raises(ValueError, match=r"float32, torch.float64 and torch.int32.*chunk = 0"):
+        linear_cross_entropy(hidden, weight.double(), targets.int(), chunk=0)
+
+
+# ---------------------------------------------------------------------------------------------------- on a GPU
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["none", "sigmoid", "silu"])
 @pytest.mark.parametrize("width", [128, 768, 2048, 5120, 16384])
@@ -174,3 +338,21 @@ def test_on_a_gpu(width: int, dtype: torch.dtype, activation: str) -> None:
                 [gate, x],
                 tolerance,
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form_on_gpu", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "vocab_size"), [(1000, 32000), (257, 50257)])
+def test_head_on_a_gpu(dtype: torch.dtype, form_on_gpu: str, tokens: int, vocab_size: int) -> None:
+    hidden, weight, targets = (x.cuda() for x in head(tokens, vocab_size, width=256, scale=0.1))
+    given = [hidden.to(dtype), weight.to(dtype)]
+    with forced(cross_entropy=form_on_gpu):
+        assert_alike(
+            lambda h, w: linear_cross_entropy(h, w, targets, chunk=300)[0],
+            lambda h, w: nats_equation(h, w, targets).sum(),
+            given,
+            1e-5 if dtype == torch.float32 else 1e-2,
+        )
+        first, second = (linear_cross_entropy(*given, targets)[0] for _ in range(2))
+    assert torch.equal(first, second)
