@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.fused.norm_gate import activate_gate, norm_gate
 from model.initialisation import Constant, Init
 
 
@@ -59,3 +60,16 @@ NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "srmsnorm": SimpleRMSNo
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
     """The norm named `kind` over `width` channels."""
     return NORMS[kind](width, eps)
+
+
+def gated_norm(norm: nn.Module, x: Tensor, gate: Tensor, activation: str = "none") -> Tensor:
+    """norm(x) * act(gate), in one pass where the norm is a root mean square over the last dimension of x.
+
+    Another may stand in its place (`Mixer.full_width_norm`): one that comes after, or is for each modality.
+
+    Args:
+        x, gate: `[..., W]`. activation: of the gate: none, sigmoid or silu.
+    """
+    if type(norm) in (SimpleRMSNorm, RMSNorm):
+        return norm_gate(x, gate, getattr(norm, "weight", None), eps=norm.eps, activation=activation)
+    return norm(x) * activate_gate(gate, activation)

@@ -114,6 +114,6 @@ def chosen(index_BNK: Tensor, num_units: int) -> Tensor:
     return nothing.scatter(-1, index_BNK, True)
 
 
-def choose(scores_BNU: Tensor, count: int) -> Tensor:
+def choose_units(scores_BNU: Tensor, count: int) -> Tensor:
     """Bool `[B, N, U]`: the `count` units of each token with the largest scores; of equal ones, the first."""
     return chosen(best(scores_BNU, count), scores_BNU.shape[-1])

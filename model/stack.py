@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class Model(nn.Module):
         causal: bool = True,
         head_gates: dict[int, Tensor] | None = None,
         modalities: Tensor | None = None,
-    ) -> Tensor:
+        head_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, N, vocab]` in the dtype of the weights.
 
         Args:
@@ -122,11 +124,16 @@ class Model(nn.Module):
             head_gates: layer index -> a factor `[H]` or `[B, N, H]` for each head's contribution.
             modalities: int64 `[B, N]`, of the tokens, where each modality has weights of its own. Default: as their
                 ids say.
+            head_loss: what to return in place of logits, made of the normed stream `[B, N, D]` and the head's weight
+                `[vocab, D]`. It is called in here, where whoever gathers parameters has gathered them.
 
         Raises:
             ValueError: modalities are not given, and ids do not say.
         """
-        return self.logits(self.hidden(tokens, documents, positions, cache, causal, head_gates, modalities))
+        x = self.hidden(tokens, documents, positions, cache, causal, head_gates, modalities)
+        if head_loss is not None:
+            return head_loss(self.final_norm(x), self.embedding.weight if self.head is None else self.head.weight)
+        return self.logits(x)
 
     def hidden(
         self,

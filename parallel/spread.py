@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from model.batch import Batch
 from model.config import Architecture
 from model.entropy import EntropyPenalty
-from model.objective import CrossEntropy, Objective, cross_entropy, sums, token_nats
+from model.objective import CrossEntropy, Objective, batch_nats, cross_entropy, sums
 from model.observer import Observer
 from model.reparam import ReparamConfig
 from model.stack import Model
@@ -166,6 +166,11 @@ class Spread:
             return cross_entropy
         return VocabularyCrossEntropy(self._region, self.architecture.model.vocab_size)
 
+    @property
+    def has_whole_head(self) -> bool:
+        """Whether the model can be asked for losses in place of logits: it ends here, and the vocabulary is not cut."""
+        return self.pipeline is None and self._region is None
+
     def holders(self, name: str) -> DeviceMesh:
         """Those that have a parameter between them: `[dp_replicate, tp, shards]`."""
         return self.mesh.expert_tensors if name in self._of_experts else self.mesh.tensors
@@ -301,8 +306,8 @@ class Spread:
         nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         for index, part in enumerate(batch.micro_batches(self.layout.microbatches)):
             self._reduce_after(index == self.layout.microbatches - 1)
-            nats_BN = token_nats(self.runs, objective, part)
-            self._backward(nats_BN.sum() * scale)
+            total, nats_BN = batch_nats(self.runs, objective, part)
+            self._backward(total * scale)
             nats += sums(nats_BN, part.target_modalities, self.modalities)
         return nats
 
@@ -337,7 +342,7 @@ class Spread:
             return self._told(self.pipeline.evaluate(batch, objective))
         nats = torch.zeros(1 + self.modalities, dtype=torch.float64, device=self.device)
         for part in batch.micro_batches(self.layout.microbatches):
-            nats += sums(token_nats(self.runs, objective, part), part.target_modalities, self.modalities)
+            nats += sums(batch_nats(self.runs, objective, part)[1], part.target_modalities, self.modalities)
         return self._told(nats)
 
     @torch.no_grad()

@@ -55,6 +55,9 @@ class RunConfig:
     """Of matrix products. Default: bf16 on GPUs, fp32 on CPUs. fp64 is for comparing layouts."""
     compile: bool = False
     """torch.compile, block by block."""
+    fused_loss: bool = True
+    """Head and cross-entropy as one operation over chunks of tokens, without ever holding the logits. Where tensor
+    parallelism cuts the vocabulary, or a pipeline the model, they are held all the same."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     freeze: list[str] = field(default_factory=list)

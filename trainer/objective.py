@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from model.layer import Mixer
+    from model.objective import Objective
     from parallel.spread import Spread
     from trainer.config import Config
 
@@ -81,6 +82,14 @@ def _with_attention_map() -> list[str]:
     from model.registry import find_layer
 
     return [name for name in MIXERS if find_layer("mixers", name, name, allow_code=False).has_attention_map]
+
+
+def make_objective(model: Spread, config: Config) -> Objective:
+    """What a model is trained on, in the form that its layout allows."""
+    from model.objective import OBJECTIVES
+
+    takes_head = config.run.fused_loss and model.has_whole_head
+    return OBJECTIVES[config.objective.kind](model.cross_entropy, takes_head=takes_head)
 
 
 def add_auxiliary_losses(model: Spread, config: Config) -> dict[str, float]:

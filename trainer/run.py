@@ -12,7 +12,6 @@ import torch
 
 from model.files import write_json
 from model.hf.source import open_model
-from model.objective import OBJECTIVES
 from parallel.data import sum_over_ranks
 from parallel.mesh import Mesh, build_mesh, resolve_layout
 from parallel.processes import Process, from_first_rank
@@ -25,7 +24,7 @@ from trainer.data.evaluation import validation_sets
 from trainer.data.training import TrainingData
 from trainer.diagnostics import Diagnostics, unchosen
 from trainer.metrics import MetricsLog, last_record
-from trainer.objective import add_auxiliary_losses
+from trainer.objective import add_auxiliary_losses, make_objective
 from trainer.optimizer import build_optimizer
 from trainer.progress import Progress
 from trainer.resume import Plan, checkpoint_files
@@ -121,7 +120,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
     status.step = counters.step
     share = config.data.global_batch_size // mesh.layout.data_parallel
     rows = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)
-    objective = OBJECTIVES[config.objective.kind](model.cross_entropy)
+    objective = make_objective(model, config)
     updater = Updater(
         model, optimizer, objective, grad_clip=config.optimizer.grad_clip, seed=config.run.seed, stop=stop
     )

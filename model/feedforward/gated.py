@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.fused.glu import glu
 from model.context import Context
 from model.layer import FeedForward, HFName, Site
 
@@ -36,6 +36,7 @@ class SGLU(FeedForward):
     """
 
     Config = GatedConfig
+    activation: ClassVar[str] = "none"
     sharding = {
         "gate.weight": "column",
         "up.weight": "column",
@@ -57,7 +58,7 @@ class SGLU(FeedForward):
         self.down = nn.Linear(config.d_ff, site.d_model, bias=site.bias)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.down(self.gate(x) * self.up(x))
+        return self.down(glu(self.gate(x), self.up(x), self.activation))
 
     def flops(self, n: int) -> float:
         return self.linear_flops()
@@ -66,7 +67,5 @@ class SGLU(FeedForward):
 class SwiGLU(SGLU):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
+    activation = "silu"
     hf = {f"{x}.{kind}": f"mlp.{x}_proj.{kind}" for x in ("gate", "up", "down") for kind in ("weight", "bias")}
-
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))

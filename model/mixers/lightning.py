@@ -19,7 +19,7 @@ from kernels.lightning import (
 from model.context import Context
 from model.layer import HFName, Mixer, Packed, Site, gate_heads, incoming_state
 from model.mixers.heads import head_faults
-from model.norms import make_norm
+from model.norms import gated_norm, make_norm
 from model.positions import LRPE
 
 ACTIVATIONS = {
@@ -72,6 +72,7 @@ class Lightning(Mixer):
     context = "state"
     bidirectional = False
     full_width_norm = "norm"
+    gate_activation = "none"
     examples = [
         {"num_heads": 4},
         {"num_heads": 2, "head_dim": 6, "value_head_dim": 10, "lrpe_layers": []},
@@ -131,7 +132,8 @@ class Lightning(Mixer):
         )
         if cache is not None:
             cache["state"] = state_BHde
-        gated_BNHe = (self.norm(out_BNHe.flatten(2)) * self._gate(x)).unflatten(-1, (-1, self.value_head_dim))
+        gated_BNV = gated_norm(self.norm, out_BNHe.flatten(2), self.u(x), self.gate_activation)
+        gated_BNHe = gated_BNV.unflatten(-1, (-1, self.value_head_dim))
         return self.o(gate_heads(gated_BNHe, head_gate).flatten(2))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
@@ -149,10 +151,6 @@ class Lightning(Mixer):
         if self.lrpe is not None:
             q_BNHd, k_BNHd = self.lrpe(q_BNHd, ctx.positions), self.lrpe(k_BNHd, ctx.positions)
         return q_BNHd, k_BNHd, v_BNHe
-
-    def _gate(self, x: Tensor) -> Tensor:
-        """What the normed output `[B, N, H e]` is multiplied by."""
-        return self.u(x)
 
     def flops(self, n: int) -> float:
         key_dim = self.head_dim * (1 if self.lrpe is None else 2)

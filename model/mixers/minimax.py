@@ -45,6 +45,7 @@ class MiniMax(Lightning):
     """
 
     Config = MiniMaxConfig
+    gate_activation = "sigmoid"
     examples = [{"num_heads": 4}, {"num_heads": 3, "head_dim": 6}]
     # The norm's weight is [H * e], head after head like the rows of v: cut along with them, a rank weighs the channels
     # of its own heads. ("heads" is for what has one entry, or row, a head.)
@@ -77,6 +78,3 @@ class MiniMax(Lightning):
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         q_BNHd, k_BNHd, v_BNHe = super()._project(x, ctx)
         return q_BNHd, k_BNHd, self.activation(v_BNHe)
-
-    def _gate(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.u(x))

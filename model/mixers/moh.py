@@ -16,7 +16,7 @@ from model.context import Context
 from model.initialisation import Init, Normal
 from model.layer import Site
 from model.mixers.attention import Attention, AttentionConfig, visible
-from model.routing import Balance, BalanceOver, Router, Routing, choose
+from model.routing import Balance, BalanceOver, Router, Routing, choose_units
 
 NORM_EPS = 1e-6
 """Added to what norms of queries are divided by, which may be 0."""
@@ -294,7 +294,7 @@ class MoH(Attention):
     def _gates(self, x: Tensor, q_BNHd: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Gates, and which heads run, `[B, N, H]`, of the heads that are here."""
         scores_BNU = self._norm_scores(q_BNHd, ctx) if self.route is None else self.route(x)
-        chosen_BNU = choose(scores_BNU, self.config.active_units)
+        chosen_BNU = choose_units(scores_BNU, self.config.active_units)
         active_BNH = self._by_head(torch.ones_like(chosen_BNU[..., :1]), chosen_BNU)
         if ctx.observer is not None:
             scores_BNU = ctx.observer.routing(self.site.layer, Routing("mixer", scores_BNU, chosen_BNU, active_BNH))

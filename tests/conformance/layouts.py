@@ -157,6 +157,9 @@ class Case:
     `kept_ids`: token ids whose rows of embedding and head are not trained, first and one beyond the last.
 
     `entropy`: a penalty that is trained on beside the cross-entropy. `mixer`: what the example is changed by.
+
+    `fused_loss`: whether there are no logits where the head is whole. So layouts with them are compared with one
+    process that has none.
     """
 
     kind: str
@@ -171,6 +174,7 @@ class Case:
     experts: dict[str, Any] = field(default_factory=dict)
     untie: dict[str, Any] = field(default_factory=dict)
     kept_ids: tuple[tuple[int, int], ...] = ()
+    fused_loss: bool = True
 
     @classmethod
     def of(cls, kind: str, name: str, precision: str) -> Case:
@@ -247,7 +251,7 @@ def updater_of(model: Spread, case: Case, frozen: tuple[str, ...] = ()) -> Updat
     thresholds = [name for name in model.beside if name.endswith("entropy_threshold")]
     optimizer = build_optimizer(model, config, frozen=list(frozen), lr_factors=dict.fromkeys(thresholds, 3.0))
     model.keep_rows(case.kept_ids)
-    objective = NextToken(model.cross_entropy)
+    objective = NextToken(model.cross_entropy, takes_head=case.fused_loss and model.has_whole_head)
     return Updater(model, optimizer, objective, grad_clip=CLIP, seed=0, stop=StopRequest())
 
 

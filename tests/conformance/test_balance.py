@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.entropy import EntropyPenalty
 from model.observer import Observer
-from model.routing import Routing, choose
+from model.routing import Routing, choose_units
 from parallel.config import ParallelConfig
 from tests.conformance.layouts import (
     BOUNDS,
@@ -165,7 +165,7 @@ def test_chosen_at_random_it_is_one() -> None:
     """In the form of Megatron-LM: (U / K) sum_i P_i f_i."""
     units, chosen, tokens = 10, 3, 200_000
     scores = torch.randn(1, tokens, units, generator=torch.Generator().manual_seed(0))
-    f = choose(scores, chosen).double().mean((0, 1))
+    f = choose_units(scores, chosen).double().mean((0, 1))
     assert units / chosen * (scores.double().softmax(-1).mean((0, 1)) * f).sum().item() == pytest.approx(1, abs=1e-3)
 
 

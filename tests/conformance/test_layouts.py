@@ -112,6 +112,18 @@ def test_a_layout_equals_one_process(pool: Pool, alone: Alone, kind: str, name: 
     compare(pool, alone, Case.of(kind, name, "fp64"), name, "fp64")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["fsdp4", "hsdp2x2"])
+def test_training_without_logits_is_training_with_them(pool: Pool, alone: Alone, name: str, tied: bool) -> None:
+    """Where the head's weight is gathered for the loss, in micro-batches, and on one process; its gradient is all of
+    it, or added to the embedding's."""
+    case = Case("softmax", model={"tie_embeddings": tied})
+    with_logits = alone(replace(case, fused_loss=False))
+    assert_equal([alone(case)], with_logits, BOUNDS["fp64"])
+    world_size, parallel = KNOWN[name]
+    assert_equal(pool.run(two_steps, world_size, case, parallel, "fp64"), with_logits, BOUNDS["fp64"])
+
+
 def test_one_process_trains_on_the_mean_over_counted_tokens(pool: Pool, alone: Alone) -> None:
     """What all layouts are compared with is itself compared: with plain autograd, before and after clipping."""
     ((loss, gradients),) = pool.run(plain_gradients, 1, Case("softmax"))

@@ -19,7 +19,7 @@ from model.layer import Site
 from model.mixers.moh import MoH, MoHConfig, balanced_order
 from model.mixers.softmax import Softmax, SoftmaxConfig
 from model.observer import Observer
-from model.routing import Routing, choose
+from model.routing import Routing, choose_units
 from model.settings import build_architecture
 from tests.conformance.models import VOCAB, built
 
@@ -203,7 +203,7 @@ def test_a_router_learns_from_the_heads_it_has_chosen() -> None:
 
 def test_of_equal_scores_the_first_are_chosen() -> None:
     scores = torch.tensor([[[1.0, 3, 3, 3, 0], [2, 2, 2, 2, 2], [0, 0, 1, 0, 1]]])
-    assert choose(scores, 2).int().tolist() == [[[0, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]]]
+    assert choose_units(scores, 2).int().tolist() == [[[0, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]]]
 
 
 def test_scores_of_one_head_and_of_equal_ones_are_numbers() -> None:
@@ -272,7 +272,7 @@ def test_norms_are_squares_summed_in_fp32() -> None:
     x, ctx = inputs(torch.bfloat16)
     run(mixer, x, ctx, looking := Looking())
     norms = mixer.q(x).float().unflatten(-1, (6, -1)).norm(dim=-1)[..., mixer.places][..., 2:]
-    assert torch.equal(looking.routings[0].chosen_BNU, choose(norms, 2))
+    assert torch.equal(looking.routings[0].chosen_BNU, choose_units(norms, 2))
 
 
 def test_operations_are_those_of_the_heads_that_run() -> None:

@@ -65,7 +65,7 @@ FAULTS = [
     Fault(
         "micro-batches averaged instead of weighted",
         "parallel/spread.py",
-        [("(nats_BN.sum() * scale)", "(nats_BN.sum() / part.counted.sum() / self.layout.microbatches)")],
+        [("(total * scale)", "(total / part.counted.sum() / self.layout.microbatches)")],
         cells("softmax", "fsdp4"),
     ),
     Fault(

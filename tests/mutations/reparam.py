@@ -19,8 +19,8 @@ FAULTS = [
         "parallel/spread.py",
         [
             (
-                "            (nats_BN.sum() * scale).backward()\n",
-                "            (nats_BN.sum() * scale).backward()\n            with self.reparam.raw_weights():\n"
+                "            self._backward(total * scale)\n",
+                "            self._backward(total * scale)\n            with self.reparam.raw_weights():\n"
                 "                pass\n",
             )
         ],

@@ -130,9 +130,9 @@ FAULTS = [
         MOH,
         [
             (
-                "        chosen_BNU = choose(scores_BNU, self.config.active_units)\n",
+                "        chosen_BNU = choose_units(scores_BNU, self.config.active_units)\n",
                 "        apart_BNU = scores_BNU - scores_BNU.mean(1, keepdim=True)\n"
-                "        chosen_BNU = choose(apart_BNU, self.config.active_units)\n",
+                "        chosen_BNU = choose_units(apart_BNU, self.config.active_units)\n",
             )
         ],
         [f"{SUITE}::test_prefill_and_steps_equal_forward", UNIT],

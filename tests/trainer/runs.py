@@ -128,16 +128,16 @@ class NotFinite:
     def __call__(self) -> Any:
         import parallel.spread
 
-        plain = parallel.spread.token_nats
+        plain = parallel.spread.batch_nats
         calls = 0
 
-        def poisoned(*args: Any) -> torch.Tensor:
+        def poisoned(*args: Any) -> Any:
             nonlocal calls
             calls += torch.is_grad_enabled()
             bad = calls in self.steps and dist.get_rank() == self.rank
-            return plain(*args) * (float("nan") if bad else 1.0)
+            return [found * (float("nan") if bad else 1.0) for found in plain(*args)]
 
-        return _patched(parallel.spread, "token_nats", poisoned)
+        return _patched(parallel.spread, "batch_nats", poisoned)
 
 
 def status(run_dir: Path) -> dict[str, Any]:

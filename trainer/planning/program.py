@@ -14,12 +14,12 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.layer import Mixer
-from model.objective import OBJECTIVES, Objective
+from model.objective import Objective
 from parallel.mesh import Layout, Mesh, build_mesh, costliest_ranks, resolve_layout
 from parallel.spread import Spread, spread
 from parallel.trace import Trace, Traffic
 from trainer.config import Config
-from trainer.objective import add_auxiliary_losses
+from trainer.objective import add_auxiliary_losses, make_objective
 from trainer.optimizer import build_optimizer
 from trainer.signals import StopRequest
 from trainer.step import Updater
@@ -195,7 +195,7 @@ def _update(config: Config, model: Spread, optimizer: torch.optim.Optimizer, bat
     trace.own("parameters", model.beside.values())
     trace.own("optimizer", (x for state in optimizer.state.values() for x in state.values()))
     optimizer.register_step_pre_hook(lambda *_: _own_trained(model, trace))
-    marks = _Marks(OBJECTIVES[config.objective.kind](model.cross_entropy), trace)
+    marks = _Marks(make_objective(model, config), trace)
     if model.pipeline is not None:
         marks.watch(model.pipeline)
     updater = Updater(
@@ -216,12 +216,17 @@ class _Marks:
 
     def __init__(self, objective: Objective, trace: Trace):
         self.objective, self.trace = objective, trace
+        self.takes_head = objective.takes_head
         self.at_losses: list[Sums] = []
         self.around_pipeline: list[Sums] = []
 
     def nats(self, logits_BNV: Tensor, targets_BN: Tensor, counted_BN: Tensor) -> Tensor:
         self.at_losses.append(self.trace.traffic_so_far())
         return self.objective.nats(logits_BNV, targets_BN, counted_BN)
+
+    def head_nats(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        self.at_losses.append(self.trace.traffic_so_far())
+        return self.objective.head_nats(*given)
 
     def watch(self, pipeline: Any) -> None:
         """Note what has been sent before and after the pipeline's micro-batches."""
