@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     _CachedTorchDispatchMode,
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import (
 import kernels.attention.selected
 import kernels.attention.sigmoid  # noqa: F401
 import parallel.context  # noqa: F401
+from kernels.attention import Visible
+from model.context import Context
 from model.observer import Observer
 from model.stack import Model
 
@@ -102,10 +105,38 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
     return recomputed
 
 
-def compile_blocks(model: Model) -> None:
-    """Compile each block by itself: blocks of one kind share code, and the compile time does not grow with depth."""
+def compile_blocks(model: Model, **options: Any) -> None:
+    """Compile each block by itself: blocks of one kind share code, and the compile time does not grow with depth.
+
+    Code is made for any number of rows, so another batch size compiles nothing anew (but from or to a single row, which
+    torch always treats apart). Lengths are fixed until a second one comes, and then free.
+
+    Args:
+        options: what `torch.compile` is told.
+    """
     for block in model.layers.values():
-        block.compile()
+        block.compile(**options)
+        block._compiled_call_impl = _for_any_batch(block._compiled_call_impl)
+
+
+def _for_any_batch(call: Callable[..., Any]) -> Callable[..., Any]:
+    def called(x: Tensor, ctx: Context, *args: Any, **kwargs: Any) -> Any:
+        # All that has the dimension has to be marked: one tensor that is not fixes it for those it meets.
+        for tensor in (x, *_tensors_of(ctx)):
+            if tensor.shape[0] == x.shape[0]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return call(x, ctx, *args, **kwargs)
+
+    return called
+
+
+def _tensors_of(ctx: Context) -> Iterator[Tensor]:
+    """What blocks read of a context, with the batch as its first dimension for the most part."""
+    shared = [part for value in ctx.shared.values() for part in (value if isinstance(value, tuple) else (value,))]
+    seen = [part for visible in shared if isinstance(visible, Visible) for part in visible.arguments]
+    for found in (ctx.positions, ctx.documents, ctx.key_documents, ctx.modalities, *shared, *seen):
+        if isinstance(found, Tensor) and found.dim() > 0:
+            yield found
 
 
 @contextmanager

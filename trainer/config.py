@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from kernels.dispatch import parse_wishes
 from model.config import Architecture, ModelConfig
 from model.reparam import ReparamConfig, reparam_faults
 from model.settings import architecture_tables, build, build_architecture, without_none
@@ -24,6 +25,7 @@ from trainer.data.config import DataConfig
 from trainer.data.modalities import differing_ranges, unseen_modalities
 from trainer.metrics import MetricsConfig
 from trainer.objective import ObjectiveConfig
+from trainer.profiling import profile_faults
 from trainer.zero import zero_faults
 
 
@@ -58,6 +60,11 @@ class RunConfig:
     fused_loss: bool = True
     """Head and cross-entropy as one operation over chunks of tokens, without ever holding the logits. Where tensor
     parallelism cuts the vocabulary, or a pipeline the model, they are held all the same."""
+    kernels: list[str] = field(default_factory=list)
+    """Which form of an operation runs, where the usual choice is not wanted: ["lightning=torch"], or "torch" alone, for
+    all of them. `headway doctor` names operations, and what runs without this."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step of which each rank writes a trace by torch's profiler to logs/. Default: none."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     freeze: list[str] = field(default_factory=list)
@@ -285,7 +292,8 @@ def _read_value(text: str) -> Any:
 
 
 _LISTS = {
-    *("run.freeze", "run.freeze_ids", "run.allow_change", "model.pattern", "reparam.targets"),
+    *("run.kernels", "run.profile_steps", "run.freeze", "run.freeze_ids", "run.allow_change"),
+    *("model.pattern", "reparam.targets"),
     *("data.train", "data.validation", "metrics.sinks"),
 }
 
@@ -348,6 +356,7 @@ def _section_faults(sections: dict[str, Any], model: ModelConfig | None) -> list
         faults += _frozen_id_faults(run, model)
         if run.stop_at_step is not None and run.stop_at_step < 1:
             faults.append(f"run.stop_at_step = {run.stop_at_step} must be at least 1.")
+        faults += profile_faults(run.profile_steps) + _kernel_faults(run.kernels)
     if (optimizer := sections["optimizer"]) is not None:
         faults += _optimizer_faults(optimizer)
     if (schedule := sections["schedule"]) is not None:
@@ -386,6 +395,14 @@ def _frozen_id_faults(run: RunConfig, model: ModelConfig | None) -> list[str]:
         return [f"run.freeze_ids = {ids} must be pairs of a first id and a larger one beyond the last."]
     if model is not None and ids and max(ids) > model.vocab_size:
         return [f"run.freeze_ids = {ids} reaches beyond model.vocab_size = {model.vocab_size}."]
+    return []
+
+
+def _kernel_faults(wishes: list[str]) -> list[str]:
+    try:
+        parse_wishes(wishes)
+    except ValueError as fault:
+        return [f"run.kernels = {wishes}: {fault}"]
     return []
 
 

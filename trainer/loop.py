@@ -26,8 +26,9 @@ def train(run: Run) -> Ending:
         step = counters.step + 1
         lr = learning_rate(step, config.optimizer.lr, config.schedule)
 
-        batch = run.data.batch(counters.step, run.rows)
-        outcome = run.updater.update(batch, step, lr)
+        with run.profiler.step(step):
+            batch = run.data.batch(counters.step, run.rows)
+            outcome = run.updater.update(batch, step, lr)
 
         counters.step = step
         counters.samples += config.data.global_batch_size

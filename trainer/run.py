@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kernels.dispatch import force, parse_wishes
 from model.files import write_json
 from model.hf.source import open_model
 from parallel.data import sum_over_ranks
@@ -26,6 +27,7 @@ from trainer.diagnostics import Diagnostics, unchosen
 from trainer.metrics import MetricsLog, last_record
 from trainer.objective import add_auxiliary_losses, make_objective
 from trainer.optimizer import build_optimizer
+from trainer.profiling import Profiler
 from trainer.progress import Progress
 from trainer.resume import Plan, checkpoint_files
 from trainer.signals import StopRequest
@@ -47,6 +49,7 @@ class Run:
     data: TrainingData
     validation: Validation | None
     diagnostics: Diagnostics
+    profiler: Profiler
     checkpoints: CheckpointWriter
     counters: Counters
     rows: range
@@ -109,6 +112,7 @@ class Run:
 def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, status: Status) -> Iterator[Run]:
     """Build the run that `config` and `plan` describe; its files are closed at the end. Collective."""
     mesh = build_mesh(resolve_layout(config.parallel, process.world_size), process.device_type)
+    force(parse_wishes(config.run.kernels))
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     model = _spread(config, plan.precision, mesh, process.device)
@@ -144,7 +148,8 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         summary = summarise(model.uncut, mesh.layout, process, plan.precision, flops_per_token)
         write_json(Path(config.run.dir) / "summary.json", summary)
     made_up = _left_out_validation(config, process, model, validation, counters.step)
-    with _logs(config, process, counters.step, peak, made_up) as (metrics, progress):
+    profiler = Profiler(config.run.profile_steps, Path(config.run.dir) / "logs", process.rank)
+    with _logs(config, process, counters.step, peak, made_up) as (metrics, progress), closing(profiler):
         yield Run(
             config=config,
             model=model,
@@ -153,6 +158,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
             data=data,
             validation=validation,
             diagnostics=Diagnostics(config.metrics.diagnose_every_steps),
+            profiler=profiler,
             checkpoints=checkpoints,
             counters=counters,
             rows=rows,

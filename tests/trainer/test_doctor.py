@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
+from kernels import dispatch
 from kernels.apex import Apex
 from tests.documents import ROOT
 from trainer.doctor import devices, finding, limits, network, place, software
@@ -218,3 +219,19 @@ def test_the_report_fits(width: int) -> None:
     said: Any = console.export_text()
     assert max(map(len, said.splitlines())) <= width and "a [b] c" in said
     assert said.index("In the way") < said.index("Worth knowing") and "Nothing stands" not in said
+
+
+def test_kernels_say_what_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = software.kernels()
+    assert [one.what.removeprefix("kernels: ") for one in found] == list(dispatch.OPERATIONS)
+    assert hints(found) == [] and all(one.found in (dispatch.TRITON, dispatch.PORTABLE) for one in found)
+    monkeypatch.setitem(dispatch._WISHES, "glu", dispatch.PORTABLE)
+    told = {one.what: (one.found, one.meaning) for one in software.kernels()}
+    assert told["kernels: glu"] == ("torch", "asked for")
+
+
+def test_a_kernel_that_was_asked_for_and_cannot_run_is_worth_knowing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_missing", lambda operation: "triton is not installed")
+    monkeypatch.setitem(dispatch._WISHES, "glu", dispatch.TRITON)
+    (hint,) = hints(software.kernels())
+    assert "glu was asked for, and cannot run: triton is not installed" in hint

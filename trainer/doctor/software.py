@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +43,7 @@ print(json.dumps({name: bool(builder.is_compatible(verbose=False)) for name, bui
 
 def look() -> list[Finding]:
     """All of it; the imports take seconds."""
-    return [*versions(), *names(), *fast_paths(), megatron(), *deepspeed()]
+    return [*versions(), *names(), *kernels(), *fast_paths(), megatron(), *deepspeed()]
 
 
 def versions() -> list[Finding]:
@@ -76,8 +77,29 @@ def names() -> list[Finding]:
     return [*found, Finding("apex", seen.state, seen.said, hint)]
 
 
+def kernels() -> list[Finding]:
+    """Which form of each operation will run here, in the dtype that a run has by default, and why."""
+    import torch
+
+    from kernels.dispatch import OPERATIONS, VARIABLE, choose
+    from trainer.config import default_precision
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[default_precision(None)]
+    x = torch.empty(0, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for operation in OPERATIONS:
+        what = f"kernels: {operation}"
+        try:
+            form, why = choose(operation, x)
+            found.append(Finding(what, form, why))
+        except ValueError as error:
+            hint = f"{VARIABLE}={os.environ.get(VARIABLE, '')} is set in the environment: {error}"
+            found.append(Finding(what, "refused", "asked for by name, and cannot run", hint))
+    return found
+
+
 def fast_paths() -> list[Finding]:
-    """What computes the layers here, and what compiles."""
+    """What computes the layers here that has no forms to choose from, and what compiles."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -92,8 +114,6 @@ def fast_paths() -> list[Finding]:
     fused = "flash or memory-efficient, as the mask allows" if cuda else "fused for CPUs"
     return [
         Finding("softmax attention", "torch", f"its own: {fused}"),
-        Finding("lightning attention", "portable", "chunked, batched products; any device"),
-        Finding("sigmoid attention", "portable", "blocks of queries; any device"),
         Finding(
             "experts", "grouped products" if cuda else "a loop", "all in one call" if cuda else "one after the other"
         ),
