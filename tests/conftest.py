@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from tests.pool import Pool
+if not torch.cuda.is_available():
+    # Triton kernels are run by Python then. It is asked once, where a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.pool import Pool  # noqa: E402
 
 
 @pytest.fixture(scope="session")
