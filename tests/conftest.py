@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     # Triton kernels are run by Python then. It is asked once, where a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.pool import Pool  # noqa: E402
+from tests.pool import Pool
 
 
 @pytest.fixture(scope="session")

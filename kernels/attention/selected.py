@@ -46,9 +46,7 @@ def selected_attention(
     if uses_triton("attention", q_BNHd, triton_faults(q_BNHd, v_BMGe, scale)):
         if q_BNHd.device.type != "cpu" and _is_plain(selected_BNH, visible):
             return _all_then_zero(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
-        return torch.ops.headway.selected_attention(
-            q_BNHd, k_BMGd, v_BMGe, selected_BNH, *visible.arguments, scale
-        )[0]
+        return torch.ops.headway.selected_attention(q_BNHd, k_BMGd, v_BMGe, selected_BNH, *visible.arguments, scale)[0]
     if q_BNHd.device.type != "cpu" or q_BNHd.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return _all_then_zero(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
     # The fused form wants heads of one width; a channel of zeros changes neither scores nor what comes out beside it.

@@ -42,17 +42,17 @@ TILES: dict[tuple[str, int], Tiles] = {
     (FORWARD, 32): Tiles(128, 128, 4, 3),
     (FORWARD, 64): Tiles(128, 128, 8, 3),
     (FORWARD, 128): Tiles(128, 128, 8, 2),
-    (FORWARD, 256): Tiles(128, 64, 8, 2),
+    (FORWARD, 256): Tiles(128, 32, 8, 3),
     (QUERIES, 16): Tiles(128, 64, 4, 3),
     (QUERIES, 32): Tiles(128, 64, 4, 3),
-    (QUERIES, 64): Tiles(128, 64, 4, 3),
+    (QUERIES, 64): Tiles(64, 64, 4, 3),
     (QUERIES, 128): Tiles(128, 64, 8, 3),
-    (QUERIES, 256): Tiles(64, 64, 8, 2),
+    (QUERIES, 256): Tiles(128, 32, 8, 2),
     (KEYS, 16): Tiles(64, 128, 4, 3),
-    (KEYS, 32): Tiles(64, 128, 4, 3),
+    (KEYS, 32): Tiles(64, 128, 8, 3),
     (KEYS, 64): Tiles(64, 128, 8, 3),
     (KEYS, 128): Tiles(64, 128, 8, 2),
-    (KEYS, 256): Tiles(64, 64, 8, 2),
+    (KEYS, 256): Tiles(32, 64, 8, 2),
 }
 """By pass (forward, gradient of queries, gradients of keys and values) and padded head size, of 2-byte numbers."""
 
@@ -63,7 +63,7 @@ WIDE_TILES: dict[tuple[str, int], Tiles] = {
 }
 """The same of float32."""
 
-INTERPRETED_TILES = Tiles(32, 16, 1, 1)
+INTERPRETED_TILES = Tiles(16, 32, 1, 1)
 _PREPARED_QUERIES = 64
 _PER_LOG2 = math.log2(math.e)
 

@@ -183,7 +183,8 @@ def attention_forward(
 
     if not SIGMOID:
         nothing = total == 0.0
-        acc = acc / tl.where(nothing, 1.0, total)[:, None]
+        total = tl.where(nothing, 1.0, total)
+        acc = acc / total[:, None]
         lse = tl.where(nothing, 0.0, (largest + tl.log2(total)) * 0.6931471805599453)
         tl.store(lse_ptr + (row * num_queries + queries) * heads + head, lse, mask=within)
     out_base = out_ptr + (row * num_queries * heads + head) * e
