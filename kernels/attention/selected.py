@@ -318,7 +318,7 @@ def _selected_forward(
     """[B, N, H, d], and the logarithm of the sums [B, N, H], wide; of what is not selected, 0 and anything finite."""
     if uses_triton("attention", q, triton_faults(q, v, scale)):
         form = triton_form("attention")
-        return form.selected_forward(q, k, v, selected, visible, scale)  # type: ignore[no-any-return]
+        return form.selected_forward(q, k, v, selected, visible, scale)
     q, k, v = (_in_rows(x) for x in (q, k, v))
     rows, n, heads, width = q.shape
     full = _heads_in_full(selected, visible, heads)
@@ -368,7 +368,7 @@ def _selected_backward(
     """Gradients of q, k and v; those of keys and values are summed wide."""
     if uses_triton("attention", q, triton_faults(q, v, scale)):
         form = triton_form("attention")
-        return form.selected_backward(d_out, q, k, v, out, lse, selected, visible, scale)  # type: ignore[no-any-return]
+        return form.selected_backward(d_out, q, k, v, out, lse, selected, visible, scale)
     d_out, q, k, v = (_in_rows(x) for x in (d_out, q, k, v))
     rows, n, heads, width = q.shape
     full = _heads_in_full(selected, visible, heads)

@@ -207,7 +207,7 @@ def _rows_by_head(x_BGrd: Tensor, heads: int) -> Tensor:
 def _sigmoid_forward(q: Tensor, k: Tensor, v: Tensor, whole: _Map) -> Tensor:
     if uses_triton("attention", q, triton_faults(q, v, whole.scale)):
         form = triton_form("attention")
-        return form.sigmoid_forward(q, k, v, *whole.settings)  # type: ignore[no-any-return]
+        return form.sigmoid_forward(q, k, v, *whole.settings)
     heads, groups = q.shape[2], k.shape[2]
     out_BNHe = v.new_empty(*q.shape[:3], v.shape[3])
     with without_autocast(q.device):
@@ -224,7 +224,7 @@ def _sigmoid_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: _Ma
     """Gradients of q, k and v: dS = P (1 - P) (dO V^T), for which no statistic of a row is needed."""
     if uses_triton("attention", q, triton_faults(q, v, whole.scale)):
         form = triton_form("attention")
-        return form.sigmoid_backward(d_out, q, k, v, *whole.settings)  # type: ignore[no-any-return]
+        return form.sigmoid_backward(d_out, q, k, v, *whole.settings)
     heads, groups = q.shape[2], k.shape[2]
     dq_BNHd = torch.empty_like(q, memory_format=torch.contiguous_format)
     with without_autocast(q.device):
