@@ -57,7 +57,7 @@ TILES: dict[tuple[str, int], Tiles] = {
 """By pass (forward, gradient of queries, gradients of keys and values) and padded head size, of 2-byte numbers."""
 
 WIDE_TILES: dict[tuple[str, int], Tiles] = {
-    (name, size): Tiles(*(64, 64) if size <= 64 else (32, 32), 4, 2 if size <= 128 else 1)
+    (name, size): Tiles(32, 32, 8, 2) if size <= 128 else Tiles(16, 16, 8, 1)
     for name in (FORWARD, QUERIES, KEYS)
     for size in (16, 32, 64, 128, 256)
 }
