@@ -31,6 +31,7 @@ def attention_prepare(
     out_query,
     out_head,
     num_queries,
+    space,
     heads,
     d: tl.constexpr,
     D: tl.constexpr,
@@ -40,7 +41,11 @@ def attention_prepare(
     SELECTED: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
-    """By head, rows beside each other: <d_out, out> and the logarithm of the sums, to base 2; selected q and d_out."""
+    """By head, rows beside each other: <d_out, out> and the logarithm of the sums, to base 2; selected q and d_out.
+
+    The last rows of a head are followed by zeros to the end of their block, `space` rows at most. They add nothing to
+    what is summed over rows: so sums need no mask there.
+    """
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     which = row * heads + head
@@ -62,14 +67,15 @@ def attention_prepare(
         out_rows = out_ptr + row * out_row + head * out_head + queries[:, None] * out_query
         out = tl.load(out_rows + value_channels[None, :], mask=there, other=0.0)
         delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-        tl.store(delta_ptr + which * num_queries + rows, delta, mask=within)
+        tl.store(delta_ptr + which * space + rows, delta)
         lse = tl.load(lse_ptr + (row * num_queries + queries) * heads + head, mask=within, other=0.0)
-        tl.store(packed_lse + which * num_queries + rows, lse * 1.4426950408889634, mask=within)
+        tl.store(packed_lse + which * space + rows, lse * 1.4426950408889634)
     if SELECTED:
-        put_rows(packed_d_out + which * num_queries * e, d_out, rows, value_channels, e, within, e)
+        everywhere = rows < space
+        put_rows(packed_d_out + which * space * e, d_out, rows, value_channels, e, everywhere, e)
         q_rows = q_ptr + row * q_row + head * q_head + queries[:, None] * q_query
         q = tl.load(q_rows + channels[None, :], mask=within[:, None] & (channels < d)[None, :], other=0.0)
-        put_rows(packed_q + which * num_queries * d, q, rows, channels, d, within, d)
+        put_rows(packed_q + which * space * d, q, rows, channels, d, everywhere, d)
 
 
 @triton.jit
@@ -170,6 +176,7 @@ def attention_backward_queries(
     heads,
     scale,
     d_scale,
+    space,
     GROUP: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
@@ -220,8 +227,8 @@ def attention_backward_queries(
     if SIGMOID:
         offset = tl.load(offsets + row * range_row + queries)
     else:
-        lse = tl.load(lse_ptr + which * num_queries + rows, mask=within, other=0.0)
-        delta = tl.load(delta_ptr + which * num_queries + rows, mask=within, other=0.0)
+        lse = tl.load(lse_ptr + which * space + rows, mask=within, other=0.0)
+        delta = tl.load(delta_ptr + which * space + rows, mask=within, other=0.0)
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes + head)
@@ -285,21 +292,22 @@ def _backward_rows(
     SIGMOID: tl.constexpr,
     SLOPES: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to the gradients of keys and values what comes through the rows first .. end - 1 of a head of queries."""
+    """Add to the gradients of keys and values what comes through tiles first .. end - 1 of rows of a head."""
     local = tl.arange(0, QUERIES)
     channels = tl.arange(0, D)
     value_channels = tl.arange(0, E)
-    for start in range(first, end, QUERIES):
+    for tile in range(first, end):
+        start = tile * QUERIES
         rows = start + local
-        q = tile_of(q_base, start, local, channels, q_stride, count, d, D, MASKED)
-        d_out = tile_of(d_base, start, local, value_channels, d_stride, count, e, E, MASKED)
+        q = tile_of(q_base, start, local, channels, q_stride, count, d, D, BOUNDED)
+        d_out = tile_of(d_base, start, local, value_channels, d_stride, count, e, E, BOUNDED)
         # Keys come first, so that weights are ready as the left side of the products that follow.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-        within = (rows >= 0) & (rows < count)
         if MASKED or SIGMOID:
             queries = queries_of(rows, count, index, SELECTED)
         if SIGMOID:
@@ -308,17 +316,13 @@ def _backward_rows(
             weights = sigmoid_weights(scores, keys[:, None], places, offset[None, :], slope, scale, SLOPES)
             d_scores = weights * (1.0 - weights) * d_weights
         else:
-            if MASKED:
-                lse = tl.load(lse_base + rows, mask=within, other=0.0)
-                delta = tl.load(delta_base + rows, mask=within, other=0.0)
-            else:
-                lse = tl.load(lse_base + rows)
-                delta = tl.load(delta_base + rows)
+            lse = tl.load(lse_base + rows)
+            delta = tl.load(delta_base + rows)
             weights = tl.exp2(scores * scale - lse[None, :])
             d_scores = weights * (d_weights - delta[None, :])
         if MASKED:
-            low = tl.load(lows + queries, mask=within, other=0)
-            high = tl.load(highs + queries, mask=within, other=0)
+            low = tl.load(lows + queries)
+            high = tl.where(rows < count, tl.load(highs + queries), 0)
             ids = low
             if DOCUMENTS:
                 ids = tl.load(ids_ptr + queries)
@@ -371,6 +375,7 @@ def attention_backward_keys(
     heads,
     scale,
     d_scale,
+    space,
     GROUP: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
@@ -383,6 +388,7 @@ def attention_backward_keys(
     SLOPES: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     BOTH_SIDES: tl.constexpr,
+    BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of one tile of keys and values of one head of keys, through all the heads of queries that it serves."""
@@ -421,33 +427,34 @@ def attention_backward_keys(
             clear_end = tl.load(of_head + clear_end_query)
             end = tl.load(of_head + end_query)
             count = tl.load(of_head + num_queries)
-        # Tiles are laid from the end, so that a rest is where there is a mask anyway.
-        begin = end - tl.cdiv(tl.maximum(end - begin, 0), QUERIES) * QUERIES
-        clear = tl.minimum(begin + tl.cdiv(tl.maximum(clear - begin, 0), QUERIES) * QUERIES, end)
-        clear_end = clear + tl.maximum(clear_end - clear, 0) // QUERIES * QUERIES if BOTH_SIDES else end
+        # Whole tiles, so that rows are where memory is aligned. Beyond the last row there are zeros.
+        begin = begin // QUERIES
+        end = tl.cdiv(end, QUERIES)
+        clear = tl.maximum(tl.minimum(tl.cdiv(clear, QUERIES), end), begin)
+        clear_end = tl.maximum(clear_end // QUERIES, clear) if BOTH_SIDES else end
         slope = 0.0
         if SLOPES:
             slope = tl.load(slopes + head)
         q_base = q_ptr + row * q_row + head * q_head
         d_base = d_out_ptr + row * d_row + head * d_head
-        lse_base = lse_ptr + which * num_queries
-        delta_base = delta_ptr + which * num_queries
+        lse_base = lse_ptr + which * space
+        delta_base = delta_ptr + which * space
         of_rows = index + which * num_queries
         dk, dv = _backward_rows(
             dk, dv, k, v, keys, of_keys, q_base, d_base, q_query, d_query, lse_base, delta_base, begin, clear, count,
             of_rows, lows, highs, ids_ptr, offsets, first_index, slope, scale,
-            d, D, e, E, QUERIES, SELECTED, SIGMOID, SLOPES, DOCUMENTS, True, PRECISION,
+            d, D, e, E, QUERIES, SELECTED, SIGMOID, SLOPES, DOCUMENTS, BOUNDED, True, PRECISION,
         )  # fmt: skip
         dk, dv = _backward_rows(
             dk, dv, k, v, keys, of_keys, q_base, d_base, q_query, d_query, lse_base, delta_base, clear, clear_end,
             count, of_rows, lows, highs, ids_ptr, offsets, first_index, slope, scale,
-            d, D, e, E, QUERIES, SELECTED, SIGMOID, SLOPES, DOCUMENTS, False, PRECISION,
+            d, D, e, E, QUERIES, SELECTED, SIGMOID, SLOPES, DOCUMENTS, BOUNDED, False, PRECISION,
         )  # fmt: skip
         if BOTH_SIDES:
             dk, dv = _backward_rows(
                 dk, dv, k, v, keys, of_keys, q_base, d_base, q_query, d_query, lse_base, delta_base, clear_end, end,
                 count, of_rows, lows, highs, ids_ptr, offsets, first_index, slope, scale,
-                d, D, e, E, QUERIES, SELECTED, SIGMOID, SLOPES, DOCUMENTS, True, PRECISION,
+                d, D, e, E, QUERIES, SELECTED, SIGMOID, SLOPES, DOCUMENTS, BOUNDED, True, PRECISION,
             )  # fmt: skip
     there = keys < num_keys
     groups = heads // GROUP

@@ -64,7 +64,8 @@ WIDE_TILES: dict[tuple[str, int], Tiles] = {
 """The same of float32."""
 
 INTERPRETED_TILES = Tiles(16, 32, 1, 1)
-_PREPARED_QUERIES = 64
+# No tile of queries is longer, and each divides it.
+_PREPARED_QUERIES = 128
 _PER_LOG2 = math.log2(math.e)
 
 
@@ -192,6 +193,11 @@ class _Problem:
     slopes: Tensor | None = None
 
     @property
+    def space(self) -> int:
+        """Rows of a head, to the end of the last block."""
+        return triton.cdiv(self.q.shape[1], _PREPARED_QUERIES) * _PREPARED_QUERIES
+
+    @property
     def group(self) -> int:
         return self.q.shape[2] // self.k.shape[2]
 
@@ -297,6 +303,7 @@ def _backward(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> tup
             *strides,
             *problem.numbers,
             problem.scale,
+            problem.space,
             **common,
             **_options(tiles),
         )
@@ -312,14 +319,17 @@ def _backward(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> tup
             0 if bounds.shape[0] == 1 else bounds.stride(0),
             *problem.numbers,
             problem.scale,
+            problem.space,
             **common,
+            BOUNDED=problem.selection is None and n % tiles.queries > 0,
             **_options(tiles),
         )
     return dq, dk, dv
 
 
 class _Prepared(NamedTuple):
-    """q and d_out as `[B, H, N, d]`, of which selected rows come first; statistics `[B, H, N]`, or anything."""
+    """q and d_out as `[B, H, N, d]`, or packed, with selected rows first, `[B, H, space, d]`; statistics
+    `[B, H, space]`, of softmax alone."""
 
     q: Tensor
     d_out: Tensor
@@ -331,8 +341,11 @@ def _prepare(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> _Pre
     q, selection, softmax = problem.q, problem.selection, problem.offsets is None
     rows, n, heads = q.shape[:3]
     # Rows beyond those that are selected stay as they are, and nobody reads them.
-    packed = [x.transpose(1, 2) if selection is None else x.new_empty(rows, heads, n, x.shape[3]) for x in (q, d_out)]
-    statistics = torch.empty(2, rows, heads, n if softmax else 0, dtype=torch.float32, device=q.device)
+    packed = [
+        x.transpose(1, 2) if selection is None else x.new_empty(rows, heads, problem.space, x.shape[3])
+        for x in (q, d_out)
+    ]
+    statistics = torch.empty(2, rows, heads, problem.space if softmax else 0, dtype=torch.float32, device=q.device)
     prepared = _Prepared(*packed, *statistics)
     if selection is None and not softmax:
         return prepared
@@ -346,6 +359,7 @@ def _prepare(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> _Pre
         *problem.tables()[:2],
         *_strides(q, d_out, out),
         n,
+        problem.space,
         heads,
         **problem.sizes,
         QUERIES=_PREPARED_QUERIES,
