@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton kernels are run by Python then. It is asked once, where a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.pool import Pool
 
 # Triton's kernels run in Python here; it reads this when it is first imported.

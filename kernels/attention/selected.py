@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.parts import SeenPart, Sight, sights, whole_triangle
-from kernels.attention.visible import VISIBLE_SCHEMA, Visible
+from kernels.attention.visible import VISIBLE_SCHEMA, Visible, triton_faults
+from kernels.dispatch import triton_form, uses_triton
 from kernels.precision import computing_dtype
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -42,6 +43,10 @@ def selected_attention(
     q_BNHd: Tensor, k_BMGd: Tensor, v_BMGe: Tensor, selected_BNH: Tensor | None, visible: Visible, scale: float
 ) -> Tensor:
     """`gated_attention` without a gate, of the heads that a bool `[B, N, H]` selects (None: all), and 0 elsewhere."""
+    if uses_triton("attention", q_BNHd, triton_faults(q_BNHd, v_BMGe, scale)):
+        if q_BNHd.device.type != "cpu" and _is_plain(selected_BNH, visible):
+            return _all_then_zero(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
+        return torch.ops.headway.selected_attention(q_BNHd, k_BMGd, v_BMGe, selected_BNH, *visible.arguments, scale)[0]
     if q_BNHd.device.type != "cpu" or q_BNHd.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return _all_then_zero(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
     # The fused form wants heads of one width; a channel of zeros changes neither scores nor what comes out beside it.
@@ -50,6 +55,14 @@ def selected_attention(
     q, k, v = (F.pad(x, (0, widest - x.shape[3])) if x.shape[3] < widest else x for x in (q_BNHd, k_BMGd, v_BMGe))
     out_BNHe, _ = torch.ops.headway.selected_attention(q, k, v, selected_BNH, *visible.arguments, scale)
     return out_BNHe[..., :width]
+
+
+def _is_plain(selected_BNH: Tensor | None, visible: Visible) -> bool:
+    """Whether torch's own attention leaves out all that can be: nothing is to be skipped, or there is one query, whose
+    keys it shares out among more programs than one."""
+    if whole_triangle(visible) is None:
+        return False
+    return selected_BNH is None or visible.num_queries == 1
 
 
 def _all_then_zero(
@@ -303,6 +316,9 @@ def _selected_forward(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, visible: Visible, scale: float
 ) -> tuple[Tensor, Tensor]:
     """[B, N, H, d], and the logarithm of the sums [B, N, H], wide; of what is not selected, 0 and anything finite."""
+    if uses_triton("attention", q, triton_faults(q, v, scale)):
+        form = triton_form("attention")
+        return form.selected_forward(q, k, v, selected, visible, scale)
     q, k, v = (_in_rows(x) for x in (q, k, v))
     rows, n, heads, width = q.shape
     full = _heads_in_full(selected, visible, heads)
@@ -350,6 +366,9 @@ def _selected_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; those of keys and values are summed wide."""
+    if uses_triton("attention", q, triton_faults(q, v, scale)):
+        form = triton_form("attention")
+        return form.selected_backward(d_out, q, k, v, out, lse, selected, visible, scale)
     d_out, q, k, v = (_in_rows(x) for x in (d_out, q, k, v))
     rows, n, heads, width = q.shape
     full = _heads_in_full(selected, visible, heads)
@@ -417,7 +436,10 @@ def _define_selected_attention() -> None:
         "(Tensor, Tensor, Tensor)",
     )
     forward.register_fake(
-        lambda q, k, v, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=computing_dtype(q)))
+        lambda q, k, v, *rest: (
+            v.new_empty(*q.shape[:3], v.shape[3]),
+            q.new_empty(q.shape[:3], dtype=computing_dtype(q)),
+        )
     )
     backward.register_fake(
         lambda d_out, q, k, v, *rest: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))

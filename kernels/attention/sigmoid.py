@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.visible import VISIBLE_SCHEMA, Visible, attention_faults
+from kernels.attention.visible import VISIBLE_SCHEMA, Visible, attention_faults, triton_faults
+from kernels.dispatch import triton_form, uses_triton
 from kernels.precision import computing_dtype, without_autocast
 
 # Queries of a block: as many as make so many weights, over all rows and heads, but never fewer or more than these. By
@@ -151,6 +152,11 @@ class _Map:
     bias: float
     per_row: bool
 
+    @property
+    def settings(self) -> tuple[Visible, Tensor | None, float, float, bool]:
+        """All of them, in order."""
+        return self.visible, self.slopes_H, self.scale, self.bias, self.per_row
+
     def blocks(self, rows: int) -> Iterator[_Block]:
         """Of `rows` queries each; the last may have fewer."""
         for first in range(0, self.visible.num_queries, rows):
@@ -199,6 +205,9 @@ def _rows_by_head(x_BGrd: Tensor, heads: int) -> Tensor:
 
 
 def _sigmoid_forward(q: Tensor, k: Tensor, v: Tensor, whole: _Map) -> Tensor:
+    if uses_triton("attention", q, triton_faults(q, v, whole.scale)):
+        form = triton_form("attention")
+        return form.sigmoid_forward(q, k, v, *whole.settings)
     heads, groups = q.shape[2], k.shape[2]
     out_BNHe = v.new_empty(*q.shape[:3], v.shape[3])
     with without_autocast(q.device):
@@ -213,6 +222,9 @@ def _sigmoid_forward(q: Tensor, k: Tensor, v: Tensor, whole: _Map) -> Tensor:
 
 def _sigmoid_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: _Map) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: dS = P (1 - P) (dO V^T), for which no statistic of a row is needed."""
+    if uses_triton("attention", q, triton_faults(q, v, whole.scale)):
+        form = triton_form("attention")
+        return form.sigmoid_backward(d_out, q, k, v, *whole.settings)
     heads, groups = q.shape[2], k.shape[2]
     dq_BNHd = torch.empty_like(q, memory_format=torch.contiguous_format)
     with without_autocast(q.device):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 VISIBLE_SCHEMA = "Tensor? documents, Tensor? key_documents, SymInt first_index, bool causal, SymInt? window"
+_WIDEST_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,13 @@ def attention_faults(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> list[
             f"and {k.shape[1]}."
         )
     return faults
+
+
+def triton_faults(q: Tensor, v: Tensor, scale: float) -> str:
+    """Why the Triton form takes no queries `[B, N, H, d]` and values `[B, M, G, e]` like these; "" if it does."""
+    if max(q.shape[3], v.shape[3]) > _WIDEST_HEAD:
+        return f"heads are wider than {_WIDEST_HEAD}"
+    if q.numel() == 0 or v.numel() == 0:
+        return "there is nothing to compute"
+    # The largest score is looked for before scores are scaled.
+    return "" if scale > 0 else "the scale is not above 0"
