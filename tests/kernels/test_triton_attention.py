@@ -178,6 +178,23 @@ def test_equal_bits_and_any_memory() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.fixture
+def poisoned_memory() -> Any:
+    """What nobody has written is not a number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_nothing_is_read_that_was_not_written() -> None:
+    leaves, visible = inputs(37, e=24), Visible(37, 37)
+    for selected in (None, some(1, 37, 2)):
+        assert_gated_is_right(leaves, selected, visible)
+    assert_sigmoid_is_right(leaves, visible, bias=-1.0)
+
+
 def test_scores_that_are_large() -> None:
     """Weights stay finite where their powers would not."""
     q, k, v = inputs(40)
