@@ -14,7 +14,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +86,7 @@ def interpreting() -> bool:
 # ------------------------------------------------------------------------------------------- the rule
 
 
-@lru_cache(maxsize=None)
+@cache
 def _missing(operation: str) -> str:
     # In an exported model there are portable forms alone, and `kernels` may be somebody else's package.
     for module in ("triton", OPERATIONS[operation]):
@@ -99,7 +99,7 @@ def _missing(operation: str) -> str:
     return ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_fault(kind: str, index: int | None) -> str:
     if kind != "cuda":
         return f"tensors are on {kind}, and Triton's forms are for GPUs"

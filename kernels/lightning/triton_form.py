@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +185,7 @@ def _segments(case: _Case, programs: int, device: torch.device) -> int:
     return max(1, min(wanted, MOST_SEGMENTS, case.num_chunks // _FEWEST_CHUNKS))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 8

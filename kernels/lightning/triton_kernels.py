@@ -73,7 +73,7 @@ def states_kernel(
         state += tl.load(carry + head_of_row * D * E + place, mask=within, other=0.0).to(tl.float32)
     if HAS_TOTALS:
         between = num_segments - 1 - segment if BACKWARDS else segment
-        for other in range(0, between):
+        for other in range(between):
             number = num_segments - 1 - other if BACKWARDS else other
             first = tl.minimum(number * tokens_a_segment, length)
             end = tl.minimum(first + tokens_a_segment, length)
@@ -87,7 +87,7 @@ def states_kernel(
     begin = segment * chunks_a_segment
     here = tl.minimum(chunks_a_segment, num_chunks - begin)
     rows = tl.arange(0, C)
-    for step in range(0, here):
+    for step in range(here):
         chunk = begin + (here - 1 - step if BACKWARDS else step)
         if KEEP:
             at = states + chunk.to(tl.int64) * D * E

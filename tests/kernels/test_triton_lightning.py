@@ -13,7 +13,7 @@ from tests.kernels.test_lightning import Case, assert_same, make_case, make_docu
 
 pytest.importorskip("triton", reason="the Triton forms need triton")
 
-from kernels.lightning import triton_form  # noqa: E402
+from kernels.lightning import triton_form
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 SLOPES = torch.tensor([0.9, 0.05, 0.0], dtype=torch.float64)
