@@ -114,8 +114,8 @@ def _dtype_fault(dtype: torch.dtype) -> str:
 
 
 # The compiler need not look into what cannot change while a program runs.
-_missing = torch.compiler.assume_constant_result(_missing)  # type: ignore[assignment]
-_device_fault = torch.compiler.assume_constant_result(_device_fault)  # type: ignore[assignment]
+_missing = torch.compiler.assume_constant_result(_missing)
+_device_fault = torch.compiler.assume_constant_result(_device_fault)
 
 
 # ------------------------------------------------------------------------------------ saying otherwise

@@ -47,8 +47,8 @@ when a run starts."""
 WIDE_PLAN = Plan(64, Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1), None)
 """Of float32. Its products are of three times as many parts, which larger blocks have no room for."""
 
-# A segment is a piece of the sequence whose states one program sums up. More of them keep a GPU busy where there are few
-# rows and heads; k and v are then read twice.
+# A segment is a piece of the sequence whose states one program sums up. More of them keep a GPU busy where there are
+# few rows and heads; k and v are then read twice.
 MOST_SEGMENTS = 32
 _FEWEST_CHUNKS = 4
 _PROGRAMS_A_PROCESSOR = 2
@@ -95,7 +95,8 @@ class _Case(NamedTuple):
         widest = max(k.shape[3], v.shape[3])
         narrow = next(plan for width, plan in PLANS.items() if width >= widest)
         plan = narrow if k.dtype.itemsize == 2 else WIDE_PLAN
-        return cls(slopes_H.contiguous(), documents, *k.shape, v.shape[3], plan)
+        batch, length, heads, key_width = k.shape
+        return cls(slopes_H.contiguous(), documents, batch, length, heads, key_width, v.shape[3], plan)
 
     @property
     def num_chunks(self) -> int:

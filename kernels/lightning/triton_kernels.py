@@ -14,7 +14,7 @@ in time for k and v: with dS from (q, dO),
 Operands of products have the dtype of q, k and v, sums are float32, and no exponent is positive. Nothing is added up by
 atomics: the same inputs give the same bits.
 
-Sources: arXiv 2405.17381 App. B (Alg. 5 and 6); two passes instead of a loop over chunks: arXiv 2401.04658 has the loop.
+Sources: arXiv 2405.17381 App. B (Alg. 5 and 6). arXiv 2401.04658 has a loop over chunks where these are two passes.
 """
 
 import triton
