@@ -1,10 +1,15 @@
 """What a training step costs: Headway beside transformers, and Headway's loop beside the bare step it is made of.
 
     python benchmarks/train_step.py
+    PYTHONPATH=. python benchmarks/train_step.py --size 1b --skip-loop --variants headway-compiled transformers-compiled
+    PYTHONPATH=. python benchmarks/train_step.py --size 1b --skip-loop --variants lightning-compiled
 
 Both train the same Llama: equal parameters (whose logits are compared first), batch, AdamW and clipping, driven by the
 same few lines; only the model differs. Eager, and compiled as each is meant to be: Headway block by block, transformers
-as a whole. fp32 on a CPU; on a GPU, weights and all in bf16.
+as a whole. fp32 on a CPU; on a GPU, weights and all in bf16; of size 1b, bf16 weights beside fp32 ones that AdamW
+updates, and for Headway's models the loss without logits, where there is one. `lightning` is TransNormerLLM of the same
+widths. MFU counts the model's own operations, over the maker's figure for the GPU. Two variants of 1b fit into 80 GB at
+a time.
 
 The loop is `trainer.loop.train` with a real run on a small dataset: batches, counters, metrics, TensorBoard, status and
 console. After each of its steps the same model takes a bare step on the same batch (forward, backward, clip, update),
@@ -16,6 +21,7 @@ process rises above what it held after a small model had taken a step. Appends o
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -31,19 +37,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from train_step_models import (
+    BETAS,
+    CLIP,
+    DECAY,
+    FAMILIES,
+    HOWS,
+    LR,
+    MASTERED,
+    SIZES,
+    build_ours,
+    build_theirs,
+    device,
+    flops_of_step,
+    make_step,
+    model_tables,
+    random_tokens,
+)
+
 # The processes that measure import torch; this one stays small, since a child's peak begins with its parent's.
 
-SIZE_KEYS = ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size", "seq_len", "batch_size")
-SIZES = {
-    name: dict(zip(SIZE_KEYS, numbers, strict=True))
-    for name, numbers in {
-        "tiny": (128, 2, 4, 384, 512, 64, 4),
-        "cpu": (512, 8, 8, 1408, 8192, 512, 4),
-        "gpu": (2048, 22, 32, 5632, 32000, 2048, 4),
-    }.items()
-}
 WARMUP = 2
-BETAS, LR, DECAY, CLIP = (0.9, 0.95), 3e-4, 0.1, 1.0
 LOOP = "loop"
 MIB = 2**20
 
@@ -71,6 +85,7 @@ class Worker:
         command = [sys.executable, __file__, "--worker", variant, "--size", options.size]
         for flag in ("rounds", "steps", "threads"):
             command += [f"--{flag}", str(getattr(options, flag))]
+        command += ["--batch-size", str(SIZES[options.size]["batch_size"])]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
@@ -100,60 +115,6 @@ class Worker:
 # What the workers do.
 
 
-def device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def model_tables(size: dict[str, int]) -> dict[str, Any]:
-    """The model's sections of a configuration."""
-    return {
-        "model": {key: size[key] for key in ("d_model", "num_layers", "vocab_size")} | {"pattern": ["softmax"]},
-        "mixers": {"softmax": {"num_heads": size["num_heads"]}},
-        "feedforwards": {"swiglu": {"d_ff": size["d_ff"]}},
-    }
-
-
-def build_ours(size: dict[str, int]) -> Any:
-    """Headway's model on the device, in fp32."""
-    import torch
-
-    from model.settings import build_architecture
-    from model.stack import Model
-    from parallel.data import initialise
-
-    _, architecture = build_architecture(model_tables(size), [])
-    assert architecture is not None
-    with torch.device("meta"):
-        model = Model(architecture)
-    initialise(model, seed=0, device=device())
-    return model
-
-
-def build_theirs(size: dict[str, int]) -> Any:
-    """The same of transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    settings: dict[str, Any] = {name: size[key] for name, key in zip(names, SIZE_KEYS, strict=False)}
-    settings |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    settings |= {"max_position_embeddings": size["seq_len"], "use_cache": False, "attn_implementation": "sdpa"}
-    config = LlamaConfig(**settings)
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device()).train()
-
-
-def random_tokens(size: dict[str, int]) -> Any:
-    """int64 [B, N + 1]."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    shape = (size["batch_size"], size["seq_len"] + 1)
-    return torch.randint(size["vocab_size"], shape, generator=generator).to(device())
-
-
 def work_check(size: dict[str, int], turns: Turns) -> None:
     """Say how far the two models' logits are apart when they hold the same weights."""
     import torch
@@ -171,48 +132,28 @@ def work_check(size: dict[str, int], turns: Turns) -> None:
     turns.reply(apart=apart.item(), parameters=counts, gpu=gpu)
 
 
-def make_step(family: str, size: dict[str, int], *, compiled: bool) -> Callable[[], None]:
-    """One training step of one of the models, on the same batch whenever it is called."""
-    import torch
-    import torch.nn.functional as F
-
-    from parallel.recompute import compile_blocks
-
-    model = build_ours(size) if family == "headway" else build_theirs(size)
-    if device().type == "cuda":
-        model.to(torch.bfloat16)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
-    if compiled and family == "headway":
-        compile_blocks(model)
-    called = torch.compile(model) if compiled and family == "transformers" else model
-    batch = random_tokens(size)
-    tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].flatten()
-
-    def step() -> None:
-        logits = called(tokens) if family == "headway" else called(input_ids=tokens).logits
-        F.cross_entropy(logits.float().flatten(0, 1), targets).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def work_model(variant: str, size: dict[str, int], steps: int, turns: Turns) -> None:
     """Train one of the models, so many steps a turn."""
     family, _, how = variant.partition("-")
+    compiled, mastered = how == "compiled", size in [SIZES[name] for name in MASTERED]
     # A small model first: what imports and libraries hold from then on is not what training this one takes.
-    make_step(family, SIZES["tiny"], compiled=False)()
+    make_step(family, SIZES["tiny"], compiled=False)[0]()
     before = resident_bytes()
-    step = make_step(family, size, compiled=how == "compiled")
-    for _ in range(WARMUP):
-        step()
-    turns.reply(warm=True)
+    step, facts = make_step(family, size, compiled=compiled, mastered=mastered)
+    losses = [step().item() for _ in range(WARMUP)]
+    release_cache()
+    turns.reply(**facts, flops=flops_of_step(family, size), peak_flops=peak_of_device(), losses=losses)
     while turns.wait():
         seconds = [timed(step) for _ in range(steps)]
         turns.reply(seconds=statistics.median(seconds), peak_bytes=peak_bytes() - before)
         release_cache()
+
+
+def peak_of_device() -> float | None:
+    """bf16 operations a second, as the maker says; None where that is not known."""
+    from trainer.throughput import peak_flops
+
+    return peak_flops(device(), "bf16")
 
 
 def release_cache() -> None:
@@ -368,13 +309,15 @@ def work(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The facts of the check, and every variant's replies, round by round."""
-    check = Worker("check", options)
-    check.close()
-    ours, theirs = check.facts["parameters"]
-    if ours != theirs or not check.facts["apart"] < 1e-3:
-        raise RuntimeError(f"these are not the same model: {check.facts}")
-    hows = ["eager"] if options.skip_compiled else ["eager", "compiled"]
-    variants = [f"{family}-{how}" for how in hows for family in ("headway", "transformers")] + [LOOP]
+    variants = options.variants
+    facts: dict[str, Any] = {"gpu": None, "apart": None}
+    if {"headway", "transformers"} <= {variant.partition("-")[0] for variant in variants}:
+        check = Worker("check", options)
+        check.close()
+        facts = check.facts
+        ours, theirs = facts["parameters"]
+        if ours != theirs or not facts["apart"] < 1e-3:
+            raise RuntimeError(f"these are not the same model: {facts}")
     workers = {}
     for variant in variants:
         print(f"starting {variant}", file=sys.stderr)
@@ -386,10 +329,11 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     for worker in workers.values():
         worker.close()
-    return check.facts, replies
+    facts["variants"] = {variant: worker.facts for variant, worker in workers.items()}
+    return facts, replies
 
 
-def summarise(size: dict[str, int], replies: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(size: dict[str, int], facts: dict[str, Any], replies: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians of the variants, ratios Headway / transformers, and the loop's cost."""
     tokens = size["batch_size"] * size["seq_len"]
     variants, ratios = {}, {}
@@ -401,21 +345,23 @@ def summarise(size: dict[str, int], replies: dict[str, list[dict[str, Any]]]) ->
             "tokens_per_second": round(tokens / median_of(rounds, "seconds"), 1),
             "peak_mib": round(max(reply["peak_bytes"] for reply in rounds) / MIB, 1),
         }
+        known = facts["variants"][variant]
+        variants[variant] |= {key: known[key] for key in ("parameters", "weights", "head")}
+        if known["peak_flops"]:
+            mfu = known["flops"] / median_of(rounds, "seconds") / known["peak_flops"]
+            variants[variant]["mfu"] = round(mfu, 4)
         family, _, how = variant.partition("-")
-        if family == "headway":
-            theirs = replies[f"transformers-{how}"]
+        if family == "headway" and (theirs := replies.get(f"transformers-{how}")):
             pairs = list(zip(rounds, theirs, strict=True))
             ratios[how] = {
                 "tokens_per_second": round(statistics.median(b["seconds"] / a["seconds"] for a, b in pairs), 3),
                 "peak_memory": round(pairs[-1][0]["peak_bytes"] / pairs[-1][1]["peak_bytes"], 3),
             }
-    loop = replies[LOOP]
-    times = {f"{name}_ms": round(1e3 * median_of(loop, name), 3) for name in ("loop", "bare", "batch", "log")}
-    return {
-        "variants": variants,
-        "headway_over_transformers": ratios,
-        "loop": times | {"cost_percent": round(100 * (median_of(loop, "over_bare") - 1), 2)},
-    }
+    found: dict[str, Any] = {"variants": variants, "headway_over_transformers": ratios}
+    if loop := replies.get(LOOP):
+        times = {f"{name}_ms": round(1e3 * median_of(loop, name), 3) for name in ("loop", "bare", "batch", "log")}
+        found["loop"] = times | {"cost_percent": round(100 * (median_of(loop, "over_bare") - 1), 2)}
+    return found
 
 
 def median_of(replies: list[dict[str, Any]], key: str) -> float:
@@ -432,21 +378,42 @@ def describe_hardware(threads: int, gpu: str | None) -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "threads": threads, "gpu": gpu}
 
 
+def gpu_name() -> str | None:
+    """Of the one in use."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def show(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, size, loop = Console(width=110), record["size"], record["loop"]
+    console, size = Console(width=110), record["size"]
     shape = f"{size['num_layers']} layers of {size['d_model']}, {size['batch_size']} x {size['seq_len']} tokens"
     table = Table(title=f"one training step, {shape}, median of {record['rounds']} rounds of {record['steps']} steps")
-    for column in ("variant", "ms / step", "tokens / s", "peak MiB"):
+    columns = {"step_ms": "ms / step", "tokens_per_second": "tokens / s", "peak_mib": "peak MiB", "mfu": "MFU"}
+    for column in ("variant", *columns.values()):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for variant, numbers in record["variants"].items():
-        table.add_row(variant, *(str(value) for value in numbers.values()))
+        table.add_row(variant, *(str(numbers.get(key, "")) for key in columns))
     console.print(table)
     for how, ratio in record["headway_over_transformers"].items():
         speed, memory = ratio.values()
         console.print(f"Headway / transformers, {how}: {speed} x tokens per second, {memory} x peak memory")
+    if (loop := record.get("loop")) is None:
+        return
     console.print(
         f"the loop's own cost: {loop['cost_percent']}% of a bare step of {loop['bare_ms']} ms "
         f"(the batch {loop['batch_ms']} ms, the log {loop['log_ms']} ms)"
@@ -460,11 +427,22 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="steps of a variant's turn in a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--skip-compiled", action="store_true")
+    parser.add_argument("--skip-loop", action="store_true", help="leave out the loop, which needs megatron-core")
+    known = [f"{family}-{how}" for how in HOWS for family in FAMILIES]
+    parser.add_argument("--variants", nargs="+", choices=known, help="default: Headway's Llama and transformers'")
+    parser.add_argument("--batch-size", type=int, help="sequences of a step; default: the size's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 1 or options.steps < 1:
         parser.error(f"--rounds {options.rounds} and --steps {options.steps} must be at least 1")
+    if options.batch_size:
+        SIZES[options.size]["batch_size"] = options.batch_size
+    if options.variants is None:
+        hows = ["eager"] if options.skip_compiled else HOWS
+        options.variants = [f"{family}-{how}" for how in hows for family in ("headway", "transformers")]
+    if not options.skip_loop:
+        options.variants.append(LOOP)
     return options
 
 
@@ -473,20 +451,17 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    from importlib.metadata import version
-
     facts, replies = measure(options)
     record = {
         "benchmark": "train_step",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(options.threads, facts["gpu"]),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "transformers")},
-        "size": SIZES[options.size] | {"parameters": facts["parameters"][0]},
+        "hardware": describe_hardware(options.threads, gpu_name()),
+        "versions": {"python": platform.python_version()} | versions("torch", "triton", "transformers"),
+        "size": {"name": options.size} | SIZES[options.size],
         "rounds": options.rounds,
         "steps": options.steps,
         "logits_apart": facts["apart"],
-    } | summarise(SIZES[options.size], replies)
+    } | summarise(SIZES[options.size], facts, replies)
     show(record)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a") as out:

@@ -140,3 +140,10 @@ def test_every_cell_of_the_matrix_is_a_test() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *FILES]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert test_ids() <= set(found.stdout.splitlines())
+
+
+def test_figures_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from performance import PAGE, page
+
+    assert PAGE.read_text() == page(), "`python benchmarks/performance.py` writes the page anew"
