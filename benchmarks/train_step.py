@@ -86,9 +86,14 @@ class Worker:
         for flag in ("rounds", "steps", "threads"):
             command += [f"--{flag}", str(getattr(options, flag))]
         command += ["--batch-size", str(SIZES[options.size]["batch_size"])]
+        command += ["--plain-attention"] if options.plain_attention else []
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
+        self.facts: dict[str, Any] = {}
+
+    def warm(self) -> None:
+        """Wait until it is."""
         self.facts = self.listen()
 
     def listen(self) -> dict[str, Any]:
@@ -301,7 +306,11 @@ def work(options: argparse.Namespace) -> None:
     elif options.worker == LOOP:
         work_loop(size, options.rounds, options.steps, turns)
     else:
-        work_model(options.worker, size, options.steps, turns)
+        from kernels.attention.softmax import fastest_attention
+
+        ours = not options.worker.startswith("transformers") and not options.plain_attention
+        with fastest_attention(device()) if ours else contextlib.nullcontext():
+            work_model(options.worker, size, options.steps, turns)
 
 
 # What is made of it.
@@ -313,6 +322,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list
     facts: dict[str, Any] = {"gpu": None, "apart": None}
     if {"headway", "transformers"} <= {variant.partition("-")[0] for variant in variants}:
         check = Worker("check", options)
+        check.warm()
         check.close()
         facts = check.facts
         ours, theirs = facts["parameters"]
@@ -322,6 +332,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list
     for variant in variants:
         print(f"starting {variant}", file=sys.stderr)
         workers[variant] = Worker(variant, options)
+    for worker in workers.values():
+        worker.warm()
     replies: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for number in range(options.rounds):
         for variant in random.Random(number).sample(variants, len(variants)):
@@ -430,6 +442,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--skip-loop", action="store_true", help="leave out the loop, which needs megatron-core")
     known = [f"{family}-{how}" for how in HOWS for family in FAMILIES]
     parser.add_argument("--variants", nargs="+", choices=known, help="default: Headway's Llama and transformers'")
+    parser.add_argument("--plain-attention", action="store_true", help="torch's own choice of it, not that of our runs")
     parser.add_argument("--batch-size", type=int, help="sequences of a step; default: the size's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -458,6 +471,7 @@ def main() -> None:
         "hardware": describe_hardware(options.threads, gpu_name()),
         "versions": {"python": platform.python_version()} | versions("torch", "triton", "transformers"),
         "size": {"name": options.size} | SIZES[options.size],
+        "plain_attention": options.plain_attention,
         "rounds": options.rounds,
         "steps": options.steps,
         "logits_apart": facts["apart"],

@@ -86,8 +86,19 @@ def interpreting() -> bool:
 # ------------------------------------------------------------------------------------------- the rule
 
 
-@cache
+# The compiler need not look into what cannot change while a program runs.
+@torch.compiler.assume_constant_result
 def _missing(operation: str) -> str:
+    return _find_missing(operation)
+
+
+@torch.compiler.assume_constant_result
+def _device_fault(kind: str, index: int | None) -> str:
+    return _find_device_fault(kind, index)
+
+
+@cache
+def _find_missing(operation: str) -> str:
     # In an exported model there are portable forms alone, and `kernels` may be somebody else's package.
     for module in ("triton", OPERATIONS[operation]):
         try:
@@ -100,7 +111,7 @@ def _missing(operation: str) -> str:
 
 
 @cache
-def _device_fault(kind: str, index: int | None) -> str:
+def _find_device_fault(kind: str, index: int | None) -> str:
     if kind != "cuda":
         return f"tensors are on {kind}, and Triton's forms are for GPUs"
     capability = torch.cuda.get_device_capability(index)
@@ -111,11 +122,6 @@ def _device_fault(kind: str, index: int | None) -> str:
 
 def _dtype_fault(dtype: torch.dtype) -> str:
     return "" if dtype in DTYPES else f"{dtype} is left to the portable form"
-
-
-# The compiler need not look into what cannot change while a program runs.
-_missing = torch.compiler.assume_constant_result(_missing)
-_device_fault = torch.compiler.assume_constant_result(_device_fault)
 
 
 # ------------------------------------------------------------------------------------ saying otherwise

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention.selected import selected_attention
 from kernels.attention.softmax import softmax_attention
 from model.attention import AttentionMap
 from model.context import Context
@@ -74,6 +75,7 @@ class Softmax(Attention):
         self.shared_key_bias = nn.Parameter(torch.empty(self.head_dim)) if bias == "shared" else None
         self.sink = nn.Parameter(torch.empty(heads)) if config.sink else None
         self._mask: Hashable = ("mask", config.window, config.takes_weight)
+        self._visible: Hashable = ("visible", config.window)
 
     def init_weights(self) -> dict[str, Init]:
         inits = super().init_weights()
@@ -87,7 +89,14 @@ class Softmax(Attention):
 
     def prepare(self, ctx: Context) -> None:
         super().prepare(ctx)
-        ctx.share(self._mask, lambda: attention_mask(ctx, self.config.window, self.config.takes_weight))
+        if self._goes_by_tiles(ctx.positions):
+            ctx.share(self._visible, lambda: visible(ctx, self.config.window))
+        else:
+            ctx.share(self._mask, lambda: attention_mask(ctx, self.config.window, self.config.takes_weight))
+
+    def _goes_by_tiles(self, x: Tensor) -> bool:
+        """Whether attention is made in tiles, of which those that no query sees are left out, and there is no mask."""
+        return x.device.type == "cuda" and not self.config.takes_weight
 
     def mix(self, x: Tensor, q_BNHd: Tensor, k_BMGd: Tensor, v_BMGd: Tensor, ctx: Context) -> Tensor:
         q_BNHd = self.turned(q_BNHd, ctx)
@@ -96,6 +105,8 @@ class Softmax(Attention):
             seen = visible(ctx, self.config.window)
             weights = AttentionMap(q_BNHd, k_BMGd, seen, self.head_dim**-0.5, extra_BNH=extra_BNH)
             q_BNHd = ctx.observer.attention(self.site.layer, weights)
+        if self._goes_by_tiles(q_BNHd):
+            return selected_attention(q_BNHd, k_BMGd, v_BMGd, None, ctx.shared[self._visible], self.head_dim**-0.5)
         mask, is_causal = ctx.shared[self._mask]
         return softmax_attention(q_BNHd, k_BMGd, v_BMGd, mask=mask, is_causal=is_causal, extra_BNH=extra_BNH)
 
