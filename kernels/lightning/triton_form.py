@@ -36,10 +36,10 @@ class Plan(NamedTuple):
 PLANS = {
     32: Plan(64, Tiles(32, 32, 4, 3), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
     64: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    96: Plan(64, Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 1), Tiles(128, 128, 8, 1)),
-    128: Plan(64, Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 1), Tiles(128, 128, 8, 1)),
+    96: Plan(64, Tiles(32, 64, 4, 3), Tiles(128, 64, 4, 1), Tiles(128, 128, 4, 1)),
+    128: Plan(64, Tiles(32, 64, 4, 3), Tiles(128, 64, 4, 1), Tiles(128, 128, 4, 1)),
     192: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1), None),
-    256: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 1), None),
+    256: Plan(64, Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 1), None),
 }
 """By the larger of the widths (the next one here), of numbers of two bytes. By measurement on a GPU; there is no search
 when a run starts."""
