@@ -94,7 +94,9 @@ def _linear_cross_entropy(
     wide, (count, _) = computing_dtype(hidden), hidden.shape
     nats_T = hidden.new_zeros(count, dtype=wide)
     d_hidden_TD = torch.empty_like(hidden if of_hidden else hidden[:0])
-    d_weight_VD = torch.zeros_like(weight if of_weight else weight[:0], dtype=wide)
+    d_weight_VD = torch.empty_like(weight if of_weight else weight[:0], dtype=wide)
+    if count == 0:
+        d_weight_VD.zero_()
     buffer_CV = hidden.new_empty(min(chunk, count), len(weight))
     by_triton = uses_triton("cross_entropy", hidden)
     with without_autocast(hidden.device):
@@ -106,7 +108,7 @@ def _linear_cross_entropy(
             if of_hidden:
                 torch.mm(d_logits_CV, weight, out=d_hidden_TD[rows])
             if of_weight:
-                _add_product(d_weight_VD, d_logits_CV, hidden_CD)
+                _add_product(d_weight_VD, d_logits_CV, hidden_CD, kept=rows.start > 0)
     return nats_T.sum(), nats_T, d_hidden_TD, d_weight_VD
 
 
@@ -134,14 +136,16 @@ def _nats_and_gradient(logits_CV: Tensor, targets_C: Tensor, ignored: int, deriv
     return nats_C, d_CV.to(logits_CV.dtype)
 
 
-def _add_product(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """d_weight += d_logits^T hidden, in the dtype of the sum."""
+def _add_product(d_weight_VD: Tensor, d_logits_CV: Tensor, hidden_CD: Tensor, *, kept: bool) -> None:
+    """d_weight = d_logits^T hidden, plus what is there if that is kept, in the dtype of the sum."""
+    how: dict[str, Any] = {"beta": float(kept), "out": d_weight_VD}
     if d_weight_VD.dtype == hidden_CD.dtype:
-        d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
+        torch.addmm(d_weight_VD, d_logits_CV.t(), hidden_CD, **how)
     elif d_weight_VD.is_cuda:
-        torch.addmm(d_weight_VD, d_logits_CV.t(), hidden_CD, out_dtype=d_weight_VD.dtype, out=d_weight_VD)
+        torch.addmm(d_weight_VD, d_logits_CV.t(), hidden_CD, out_dtype=d_weight_VD.dtype, **how)
     else:
-        d_weight_VD += d_logits_CV.t() @ hidden_CD
+        product_VD = d_logits_CV.t() @ hidden_CD
+        d_weight_VD.add_(product_VD) if kept else d_weight_VD.copy_(product_VD)
 
 
 # -------------------------------------------------------------- as operators, into which a compiler does not look
