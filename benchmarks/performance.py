@@ -96,7 +96,7 @@ def roofline(results: Path) -> Iterator[str]:
     if not records:
         return
     yield "## Beside what the GPU can do\n"
-    yield "What a kernel has to do at least (`benchmarks/roofline.py` has the formulas) takes so long at the measured"
+    yield "What a kernel has to do at least (`benchmarks/roofline.py` has formulas) takes so long at the measured"
     yield "ceilings of matrix products or of memory; the part is that time over the kernel's.\n"
     if (PAGE.parent / PICTURE).exists():
         yield f"![operations a second over operations a byte]({PICTURE})\n"
