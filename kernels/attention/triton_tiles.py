@@ -44,7 +44,8 @@ def sigmoid_weights(scores, keys, places, offset, slope, scale, SLOPES: tl.const
     """1 / (1 + 2^-x); scale, offset and slope are in units of log 2. Not by tanh, which rounds small weights away."""
     x = scores * scale + offset
     if SLOPES:
-        x -= slope * tl.abs(places - keys).to(tl.float32)
+        # Exact up to 2^24 tokens, and converted before there is one for each pair.
+        x -= slope * tl.abs(places.to(tl.float32) - keys.to(tl.float32))
     return 1.0 / (1.0 + tl.exp2(-x))
 
 
