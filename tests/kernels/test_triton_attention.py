@@ -275,7 +275,7 @@ def test_counts_of_keys_that_are_seen() -> None:
             for hidden in ({}, {"documents": ids[:, -5:], "key_documents": ids}):
                 visible = Visible(5, 8, 3, causal, window, **hidden)
                 wanted = visible.of(torch.arange(5, device=DEVICE)).sum(-1)[:, 0]
-                assert torch.equal(form._Ranges.of(visible, ids.device).counts().long(), wanted)
+                assert torch.equal(form._Ranges.of(visible, ids.device).counts()[:, :5].long(), wanted)
 
 
 def test_sigmoid_weights_that_are_small_keep_their_digits() -> None:
