@@ -86,7 +86,6 @@ class Worker:
         for flag in ("rounds", "steps", "threads"):
             command += [f"--{flag}", str(getattr(options, flag))]
         command += ["--batch-size", str(SIZES[options.size]["batch_size"])]
-        command += ["--plain-attention"] if options.plain_attention else []
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
@@ -306,11 +305,7 @@ def work(options: argparse.Namespace) -> None:
     elif options.worker == LOOP:
         work_loop(size, options.rounds, options.steps, turns)
     else:
-        from kernels.attention.softmax import fastest_attention
-
-        ours = not options.worker.startswith("transformers") and not options.plain_attention
-        with fastest_attention(device()) if ours else contextlib.nullcontext():
-            work_model(options.worker, size, options.steps, turns)
+        work_model(options.worker, size, options.steps, turns)
 
 
 # What is made of it.
@@ -442,7 +437,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--skip-loop", action="store_true", help="leave out the loop, which needs megatron-core")
     known = [f"{family}-{how}" for how in HOWS for family in FAMILIES]
     parser.add_argument("--variants", nargs="+", choices=known, help="default: Headway's Llama and transformers'")
-    parser.add_argument("--plain-attention", action="store_true", help="torch's own choice of it, not that of our runs")
     parser.add_argument("--batch-size", type=int, help="sequences of a step; default: the size's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -471,7 +465,6 @@ def main() -> None:
         "hardware": describe_hardware(options.threads, gpu_name()),
         "versions": {"python": platform.python_version()} | versions("torch", "triton", "transformers"),
         "size": {"name": options.size} | SIZES[options.size],
-        "plain_attention": options.plain_attention,
         "rounds": options.rounds,
         "steps": options.steps,
         "logits_apart": facts["apart"],

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from kernels.attention.softmax import fastest_attention
 from kernels.dispatch import force, parse_wishes
 from model.files import write_json
 from model.hf.source import open_model
@@ -150,11 +149,7 @@ def open_run(config: Config, plan: Plan, process: Process, stop: StopRequest, st
         write_json(Path(config.run.dir) / "summary.json", summary)
     made_up = _left_out_validation(config, process, model, validation, counters.step)
     profiler = Profiler(config.run.profile_steps, Path(config.run.dir) / "logs", process.rank)
-    with (
-        _logs(config, process, counters.step, peak, made_up) as (metrics, progress),
-        closing(profiler),
-        fastest_attention(process.device),
-    ):
+    with _logs(config, process, counters.step, peak, made_up) as (metrics, progress), closing(profiler):
         yield Run(
             config=config,
             model=model,

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # The width of a head stays a multiple of what fused kernels want.
 _EXTRA_CHANNELS = 8
-
-
-def fastest_attention(device: torch.device) -> AbstractContextManager[object]:
-    """Within, torch's attention is cuDNN's wherever that can do it, on GPUs where it is the faster one."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
 
 
 def softmax_attention(

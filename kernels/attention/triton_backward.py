@@ -57,7 +57,7 @@ def attention_prepare(
         return
     rows = first + tl.arange(0, QUERIES)
     within = rows < count
-    queries = queries_of(rows, count, index + which * num_queries, SELECTED).to(tl.int64)
+    queries = queries_of(rows, index + which * space, SELECTED).to(tl.int64)
     channels = tl.arange(0, D)
     value_channels = tl.arange(0, E)
     there = within[:, None] & (value_channels < e)[None, :]
@@ -171,12 +171,12 @@ def attention_backward_queries(
     id_row,
     key_id_row,
     num_queries,
+    space,
     num_keys,
     first_index,
     heads,
     scale,
     d_scale,
-    space,
     GROUP: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
@@ -201,10 +201,10 @@ def attention_backward_queries(
     first = (tl.cdiv(count, QUERIES) - 1 - tl.program_id(0)) * QUERIES
     if first < 0:
         return
-    index += which * num_queries
+    index += which * space
     local = tl.arange(0, QUERIES)
     rows = first + local
-    queries = queries_of(rows, count, index, SELECTED)
+    queries = queries_of(rows, index, SELECTED)
     within = rows < count
     first_query = first
     last_query = tl.minimum(first + QUERIES, count) - 1
@@ -214,8 +214,8 @@ def attention_backward_queries(
 
     lows += row * range_row
     highs += row * range_row
-    low = tl.load(lows + queries, mask=within, other=0)
-    high = tl.load(highs + queries, mask=within, other=0)
+    low = tl.load(lows + queries)
+    high = tl.load(highs + queries)
     places = queries + first_index
     ids = places
     if DOCUMENTS:
@@ -309,7 +309,7 @@ def _backward_rows(
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         if MASKED or SIGMOID:
-            queries = queries_of(rows, count, index, SELECTED)
+            queries = queries_of(rows, index, SELECTED)
         if SIGMOID:
             offset = tl.load(offsets + queries)
             places = (queries + first_index)[None, :]
@@ -322,7 +322,7 @@ def _backward_rows(
             d_scores = weights * (d_weights - delta[None, :])
         if MASKED:
             low = tl.load(lows + queries)
-            high = tl.where(rows < count, tl.load(highs + queries), 0)
+            high = tl.load(highs + queries)
             ids = low
             if DOCUMENTS:
                 ids = tl.load(ids_ptr + queries)
@@ -370,12 +370,12 @@ def attention_backward_keys(
     id_row,
     key_id_row,
     num_queries,
+    space,
     num_keys,
     first_index,
     heads,
     scale,
     d_scale,
-    space,
     GROUP: tl.constexpr,
     d: tl.constexpr,
     D: tl.constexpr,
@@ -439,7 +439,7 @@ def attention_backward_keys(
         d_base = d_out_ptr + row * d_row + head * d_head
         lse_base = lse_ptr + which * space
         delta_base = delta_ptr + which * space
-        of_rows = index + which * num_queries
+        of_rows = index + which * space
         dk, dv = _backward_rows(
             dk, dv, k, v, keys, of_keys, q_base, d_base, q_query, d_query, lse_base, delta_base, begin, clear, count,
             of_rows, lows, highs, ids_ptr, offsets, first_index, slope, scale,

@@ -64,8 +64,8 @@ WIDE_TILES: dict[tuple[str, int], Tiles] = {
 """The same of float32."""
 
 INTERPRETED_TILES = Tiles(16, 32, 1, 1)
-# No tile of queries is longer, and each divides it.
-_PREPARED_QUERIES = 128
+# Of queries; each divides it.
+_LONGEST_TILE = 128
 _PER_LOG2 = math.log2(math.e)
 
 
@@ -74,15 +74,17 @@ _PER_LOG2 = math.log2(math.e)
 
 @dataclass(frozen=True)
 class _Ranges:
-    """The keys that queries see, int32.
+    """The keys that queries see, int32. Tables of queries are as long as `_space` says.
 
     Attributes:
-        low, high: `[B or 1, N]`, first and end; both rise.
+        num_queries: N.
+        low, high: `[B or 1, space]`, first and end, which rise; 0 for what is no query.
         rising: `[B]`, whether that is all. If not, a query sees those between of its own document.
-        ids, key_ids: documents, `[B, N]` and `[B, M]`, or None.
+        ids, key_ids: documents, `[B, space]` and `[B, M]`, or None.
         both_sides: whether keys before those of a query may be hidden from it.
     """
 
+    num_queries: int
     low: Tensor
     high: Tensor
     rising: Tensor | None
@@ -103,15 +105,15 @@ class _Ranges:
         low, high = low[None], high[None]
         ids, key_ids, rising = visible.documents, visible.key_documents, None
         if ids is not None and key_ids is not None:
-            ids, key_ids = ids.contiguous(), key_ids.contiguous()
+            key_ids = key_ids.contiguous()
             rising = (ids.diff() >= 0).all(1) & (key_ids.diff() >= 0).all(1)
             # Where they do not rise there is no range, and what is found here means nothing.
-            first, end = (torch.searchsorted(key_ids, ids, right=right) for right in (False, True))
+            first, end = (torch.searchsorted(key_ids, ids.contiguous(), right=right) for right in (False, True))
             low = torch.where(rising[:, None], torch.maximum(low, first), low)
             high = torch.where(rising[:, None], torch.minimum(high, end), high)
-            rising = rising.int()
+            rising, ids = rising.int(), _spaced(ids)
         both = visible.window is not None or ids is not None
-        return cls(low.int(), high.int(), rising, ids, key_ids, both)
+        return cls(visible.num_queries, _spaced(low.int()), _spaced(high.int()), rising, ids, key_ids, both)
 
     @property
     def stride(self) -> int:
@@ -119,7 +121,7 @@ class _Ranges:
         return 0 if self.low.shape[0] == 1 else self.low.shape[1]
 
     def counts(self) -> Tensor:
-        """How many keys each query sees, `[B or 1, N]`."""
+        """How many keys each query sees, `[B or 1, space]`."""
         if self.ids is None or self.key_ids is None:
             return (self.high - self.low).clamp(min=0)
         # Keys in the order of their documents and, within one, of their places: what a query sees is a range of them.
@@ -134,13 +136,14 @@ class _Ranges:
     def bounds(self, num_keys: int, tile: int) -> Tensor:
         """Of each tile of keys, int32 `[B or 1, tiles, 4]`: the first query that sees one of them, first and end of
         those that see all, and the end."""
-        first = torch.arange(0, num_keys, tile, device=self.low.device, dtype=torch.int32)
-        first = first.expand(self.low.shape[0], -1).contiguous()
+        low, high = (x[:, : self.num_queries].contiguous() for x in (self.low, self.high))
+        first = torch.arange(0, num_keys, tile, device=low.device, dtype=torch.int32)
+        first = first.expand(low.shape[0], -1).contiguous()
         end = (first + tile).clamp(max=num_keys)
-        begin = torch.searchsorted(self.high, first, right=True)
-        clear = torch.searchsorted(self.high, end)
-        clear_end = torch.searchsorted(self.low, first, right=True)
-        last = torch.searchsorted(self.low, end)
+        begin = torch.searchsorted(high, first, right=True)
+        clear = torch.searchsorted(high, end)
+        clear_end = torch.searchsorted(low, first, right=True)
+        last = torch.searchsorted(low, end)
         if self.rising is not None:
             risen = self.rising.bool()[:, None]
             clear, clear_end = torch.where(risen, clear, begin), torch.where(risen, clear_end, begin)
@@ -151,7 +154,7 @@ class _Selection(NamedTuple):
     """The selected queries of each head, in order.
 
     Attributes:
-        index: int32 `[B, H, N + 1]` without its last: which query is the r-th; anything beyond their number.
+        index: int32 `[B, H, space]`, which query is the r-th, and N beyond their number.
         before: int32 `[B, H, N + 1]`, how many of the queries before the n-th are selected.
     """
 
@@ -163,11 +166,20 @@ def _selection(selected_BNH: Tensor) -> _Selection:
     rows, n, heads = selected_BNH.shape
     selected_BHN = selected_BNH.transpose(1, 2)
     before = F.pad(selected_BHN.cumsum(2, dtype=torch.int32), (1, 0))
-    # Those that are not selected go to a last place, which is not read.
-    places = torch.where(selected_BHN, before[..., :-1], n).long()
-    queries = torch.arange(n, device=places.device, dtype=torch.int32).expand(rows, heads, n)
-    index = queries.new_zeros(rows, heads, n + 1).scatter_(2, places, queries)
-    return _Selection(index[..., :n].contiguous(), before)
+    # Those that are not selected all go, as none, to the last place, which no row has.
+    space = _space(n)
+    places = torch.where(selected_BHN, before[..., :-1], space - 1).long()
+    queries = torch.where(selected_BHN, torch.arange(n, device=places.device, dtype=torch.int32), n)
+    return _Selection(queries.new_full((rows, heads, space), n).scatter_(2, places, queries), before)
+
+
+def _space(num_queries: int) -> int:
+    """The length of tables: tiles divide it, and there is room for an entry that is no query's."""
+    return triton.cdiv(num_queries + 1, _LONGEST_TILE) * _LONGEST_TILE
+
+
+def _spaced(x_BN: Tensor) -> Tensor:
+    return F.pad(x_BN, (0, _space(x_BN.shape[1]) - x_BN.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------- launches
@@ -194,8 +206,8 @@ class _Problem:
 
     @property
     def space(self) -> int:
-        """Rows of a head, to the end of the last block."""
-        return triton.cdiv(self.q.shape[1], _PREPARED_QUERIES) * _PREPARED_QUERIES
+        """Length of tables of queries."""
+        return _space(self.q.shape[1])
 
     @property
     def group(self) -> int:
@@ -248,7 +260,7 @@ class _Problem:
     def numbers(self) -> tuple[Any, ...]:
         """Strides of tables, and what comes after them."""
         id_strides = (0 if x is None else x.shape[1] for x in self._documents)
-        shape = (self.q.shape[1], self.k.shape[1], self.first_index, self.q.shape[2])
+        shape = (self.q.shape[1], self.space, self.k.shape[1], self.first_index, self.q.shape[2])
         return self.ranges.stride, *id_strides, *shape, self.scale * _PER_LOG2
 
 
@@ -303,7 +315,6 @@ def _backward(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> tup
             *strides,
             *problem.numbers,
             problem.scale,
-            problem.space,
             **common,
             **_options(tiles),
         )
@@ -319,7 +330,6 @@ def _backward(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> tup
             0 if bounds.shape[0] == 1 else bounds.stride(0),
             *problem.numbers,
             problem.scale,
-            problem.space,
             **common,
             BOUNDED=problem.selection is None and n % tiles.queries > 0,
             **_options(tiles),
@@ -350,7 +360,7 @@ def _prepare(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> _Pre
     if selection is None and not softmax:
         return prepared
     switches = {name: problem.switches[name] for name in ("SELECTED", "SIGMOID")}
-    attention_prepare[triton.cdiv(n, _PREPARED_QUERIES), heads, rows](
+    attention_prepare[triton.cdiv(n, _LONGEST_TILE), heads, rows](
         q,
         d_out,
         out,
@@ -362,7 +372,7 @@ def _prepare(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> _Pre
         problem.space,
         heads,
         **problem.sizes,
-        QUERIES=_PREPARED_QUERIES,
+        QUERIES=_LONGEST_TILE,
         **switches,
     )
     return prepared

@@ -102,6 +102,7 @@ def attention_forward(
     id_row,
     key_id_row,
     num_queries,
+    space,
     num_keys,
     first_index,
     heads,
@@ -131,9 +132,9 @@ def attention_forward(
     first = (tl.cdiv(count, QUERIES) - 1 - tl.program_id(0)) * QUERIES
     if first < 0:
         return
-    index += which * num_queries
+    index += which * space
     rows = first + tl.arange(0, QUERIES)
-    queries = queries_of(rows, count, index, SELECTED)
+    queries = queries_of(rows, index, SELECTED)
     within = rows < count
     first_query = first
     last_query = tl.minimum(first + QUERIES, count) - 1
@@ -143,8 +144,8 @@ def attention_forward(
 
     lows += row * range_row
     highs += row * range_row
-    low = tl.load(lows + queries, mask=within, other=0)
-    high = tl.load(highs + queries, mask=within, other=0)
+    low = tl.load(lows + queries)
+    high = tl.load(highs + queries)
     places = queries + first_index
     ids = places
     if DOCUMENTS:

@@ -6,7 +6,11 @@ without a mask, those that it does not touch not at all. Where documents do not 
 ids are compared, and every tile has a mask.
 
 The selected queries of a head are rows 0, 1, ... of a shorter matrix. `index[b, h, r]` says which query row r is, and
-`before[b, h, n]` how many of the queries 0 .. n - 1 are selected. Sums are float32, and there are no atomics.
+`before[b, h, n]` how many of the queries 0 .. n - 1 are selected. What there is for each query or row, `index` and
+ranges and more, is `space` long, which a tile divides and which is more than there are queries: what follows them sees
+nothing. So tables need no masks, which would keep neighbours from being loaded together.
+
+Sums are float32, and there are no atomics.
 
 Source: arXiv 2205.14135 and 2307.08691 (tiles, and sums that are rescaled); arXiv 2409.04431 (sigmoid weights).
 """
@@ -44,7 +48,8 @@ def sigmoid_weights(scores, keys, places, offset, slope, scale, SLOPES: tl.const
     """1 / (1 + 2^-x); scale, offset and slope are in units of log 2. Not by tanh, which rounds small weights away."""
     x = scores * scale + offset
     if SLOPES:
-        x -= slope * tl.abs(places - keys).to(tl.float32)
+        # Exact up to 2^24 tokens, and converted before there is one for each pair.
+        x -= slope * tl.abs(places.to(tl.float32) - keys.to(tl.float32))
     return 1.0 / (1.0 + tl.exp2(-x))
 
 
@@ -57,12 +62,11 @@ def seen_pairs(keys, low, high, key_ids, ids, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def queries_of(rows, count, index, SELECTED: tl.constexpr):
-    """Which queries these rows are; 0 where there is none."""
+def queries_of(rows, index, SELECTED: tl.constexpr):
+    """Which queries these rows are; beyond the last one that there is none of, for which tables have an entry too."""
+    queries = rows
     if SELECTED:
-        queries = tl.load(index + rows, mask=(rows >= 0) & (rows < count), other=0)
-    else:
-        queries = tl.where((rows >= 0) & (rows < count), rows, 0)
+        queries = tl.load(index + rows)
     return queries
 
 
