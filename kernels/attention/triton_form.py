@@ -63,6 +63,13 @@ WIDE_TILES: dict[tuple[str, int], Tiles] = {
 }
 """The same of float32."""
 
+SMALL_TILES: dict[tuple[str, int], Tiles] = {
+    (name, size): Tiles(64, 64, 4, 2) if size <= 64 else Tiles(64, 32, 4, 2) if size <= 128 else Tiles(32, 32, 4, 1)
+    for name in (FORWARD, QUERIES, KEYS)
+    for size in (16, 32, 64, 128, 256)
+}
+"""Of 2-byte numbers on GPUs older than Hopper, whose multiprocessors share less memory."""
+
 INTERPRETED_TILES = Tiles(16, 32, 1, 1)
 _PER_LOG2 = math.log2(math.e)
 
@@ -118,7 +125,9 @@ class _Problem:
     def tiles(self, name: str) -> Tiles:
         if interpreting():
             return INTERPRETED_TILES
-        table = WIDE_TILES if self.q.dtype == torch.float32 else TILES
+        table = TILES if torch.cuda.get_device_capability(self.q.device) >= (9, 0) else SMALL_TILES
+        if self.q.dtype == torch.float32:
+            table = WIDE_TILES
         return table[name, max(self.sizes["D"], self.sizes["E"])]
 
     def tables(self, *more: Tensor) -> tuple[Any, ...]:
