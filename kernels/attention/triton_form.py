@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from kernels.attention.triton_backward import (
     attention_prepare,
 )
 from kernels.attention.triton_forward import attention_forward
+from kernels.attention.triton_tables import LONGEST_TILE, Ranges, Selection, selection_of, table_length
 from kernels.attention.visible import Visible
 from kernels.dispatch import interpreting
 
@@ -63,123 +63,15 @@ WIDE_TILES: dict[tuple[str, int], Tiles] = {
 }
 """The same of float32."""
 
+SMALL_TILES: dict[tuple[str, int], Tiles] = {
+    (name, size): Tiles(64, 64, 4, 2) if size <= 64 else Tiles(64, 32, 4, 2) if size <= 128 else Tiles(32, 32, 4, 1)
+    for name in (FORWARD, QUERIES, KEYS)
+    for size in (16, 32, 64, 128, 256)
+}
+"""Of 2-byte numbers on GPUs older than Hopper, whose multiprocessors share less memory."""
+
 INTERPRETED_TILES = Tiles(16, 32, 1, 1)
-# Of queries; each divides it.
-_LONGEST_TILE = 128
 _PER_LOG2 = math.log2(math.e)
-
-
-# ---------------------------------------------------------------------------- what is seen, and what is selected
-
-
-@dataclass(frozen=True)
-class _Ranges:
-    """The keys that queries see, int32. Tables of queries are as long as `_space` says.
-
-    Attributes:
-        num_queries: N.
-        low, high: `[B or 1, space]`, first and end, which rise; 0 for what is no query.
-        rising: `[B]`, whether that is all. If not, a query sees those between of its own document.
-        ids, key_ids: documents, `[B, space]` and `[B, M]`, or None.
-        both_sides: whether keys before those of a query may be hidden from it.
-    """
-
-    num_queries: int
-    low: Tensor
-    high: Tensor
-    rising: Tensor | None
-    ids: Tensor | None
-    key_ids: Tensor | None
-    both_sides: bool
-
-    @classmethod
-    def of(cls, visible: Visible, device: torch.device) -> _Ranges:
-        places_N = torch.arange(visible.num_queries, device=device) + visible.first_index
-        low, high = torch.zeros_like(places_N), torch.full_like(places_N, visible.num_keys)
-        if visible.causal:
-            high = (places_N + 1).clamp(max=visible.num_keys)
-        if visible.window is not None:
-            low = (places_N - visible.window + 1).clamp(min=0)
-            if not visible.causal:
-                high = (places_N + visible.window).clamp(max=visible.num_keys)
-        low, high = low[None], high[None]
-        ids, key_ids, rising = visible.documents, visible.key_documents, None
-        if ids is not None and key_ids is not None:
-            key_ids = key_ids.contiguous()
-            rising = (ids.diff() >= 0).all(1) & (key_ids.diff() >= 0).all(1)
-            # Where they do not rise there is no range, and what is found here means nothing.
-            first, end = (torch.searchsorted(key_ids, ids.contiguous(), right=right) for right in (False, True))
-            low = torch.where(rising[:, None], torch.maximum(low, first), low)
-            high = torch.where(rising[:, None], torch.minimum(high, end), high)
-            rising, ids = rising.int(), _spaced(ids)
-        both = visible.window is not None or ids is not None
-        return cls(visible.num_queries, _spaced(low.int()), _spaced(high.int()), rising, ids, key_ids, both)
-
-    @property
-    def stride(self) -> int:
-        """From row to row of `low` and `high`, which all rows may share."""
-        return 0 if self.low.shape[0] == 1 else self.low.shape[1]
-
-    def counts(self) -> Tensor:
-        """How many keys each query sees, `[B or 1, space]`."""
-        if self.ids is None or self.key_ids is None:
-            return (self.high - self.low).clamp(min=0)
-        # Keys in the order of their documents and, within one, of their places: what a query sees is a range of them.
-        sorted_ids = self.key_ids.sort(1).values
-        rank, key_rank = (torch.searchsorted(sorted_ids, x) for x in (self.ids, self.key_ids))
-        num_keys = self.key_ids.shape[1]
-        ordered = (key_rank * (num_keys + 1) + torch.arange(num_keys, device=rank.device)).sort(1).values
-        first, end = (torch.searchsorted(ordered, rank * (num_keys + 1) + x) for x in (self.low, self.high))
-        known = sorted_ids.gather(1, rank.clamp(max=num_keys - 1)) == self.ids
-        return torch.where(known, end - first, 0).clamp(min=0)
-
-    def bounds(self, num_keys: int, tile: int) -> Tensor:
-        """Of each tile of keys, int32 `[B or 1, tiles, 4]`: the first query that sees one of them, first and end of
-        those that see all, and the end."""
-        low, high = (x[:, : self.num_queries].contiguous() for x in (self.low, self.high))
-        first = torch.arange(0, num_keys, tile, device=low.device, dtype=torch.int32)
-        first = first.expand(low.shape[0], -1).contiguous()
-        end = (first + tile).clamp(max=num_keys)
-        begin = torch.searchsorted(high, first, right=True)
-        clear = torch.searchsorted(high, end)
-        clear_end = torch.searchsorted(low, first, right=True)
-        last = torch.searchsorted(low, end)
-        if self.rising is not None:
-            risen = self.rising.bool()[:, None]
-            clear, clear_end = torch.where(risen, clear, begin), torch.where(risen, clear_end, begin)
-        return torch.stack((begin, clear, clear_end, last), 2).int()
-
-
-class _Selection(NamedTuple):
-    """The selected queries of each head, in order.
-
-    Attributes:
-        index: int32 `[B, H, space]`, which query is the r-th, and N beyond their number.
-        before: int32 `[B, H, N + 1]`, how many of the queries before the n-th are selected.
-    """
-
-    index: Tensor
-    before: Tensor
-
-
-def _selection(selected_BNH: Tensor) -> _Selection:
-    rows, n, heads = selected_BNH.shape
-    selected_BHN = selected_BNH.transpose(1, 2)
-    before = F.pad(selected_BHN.cumsum(2, dtype=torch.int32), (1, 0))
-    # Those that are not selected all go, as none, to the last place, which no row has.
-    space = _space(n)
-    places = torch.where(selected_BHN, before[..., :-1], space - 1).long()
-    queries = torch.where(selected_BHN, torch.arange(n, device=places.device, dtype=torch.int32), n)
-    return _Selection(queries.new_full((rows, heads, space), n).scatter_(2, places, queries), before)
-
-
-def _space(num_queries: int) -> int:
-    """The length of tables: tiles divide it, and there is room for an entry that is no query's."""
-    return triton.cdiv(num_queries + 1, _LONGEST_TILE) * _LONGEST_TILE
-
-
-def _spaced(x_BN: Tensor) -> Tensor:
-    return F.pad(x_BN, (0, _space(x_BN.shape[1]) - x_BN.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------- launches
@@ -197,8 +89,8 @@ class _Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    ranges: _Ranges
-    selection: _Selection | None
+    ranges: Ranges
+    selection: Selection | None
     first_index: int
     scale: float
     offsets: Tensor | None = None
@@ -207,7 +99,7 @@ class _Problem:
     @property
     def space(self) -> int:
         """Length of tables of queries."""
-        return _space(self.q.shape[1])
+        return table_length(self.q.shape[1])
 
     @property
     def group(self) -> int:
@@ -233,7 +125,9 @@ class _Problem:
     def tiles(self, name: str) -> Tiles:
         if interpreting():
             return INTERPRETED_TILES
-        table = WIDE_TILES if self.q.dtype == torch.float32 else TILES
+        table = TILES if torch.cuda.get_device_capability(self.q.device) >= (9, 0) else SMALL_TILES
+        if self.q.dtype == torch.float32:
+            table = WIDE_TILES
         return table[name, max(self.sizes["D"], self.sizes["E"])]
 
     def tables(self, *more: Tensor) -> tuple[Any, ...]:
@@ -360,7 +254,7 @@ def _prepare(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> _Pre
     if selection is None and not softmax:
         return prepared
     switches = {name: problem.switches[name] for name in ("SELECTED", "SIGMOID")}
-    attention_prepare[triton.cdiv(n, _LONGEST_TILE), heads, rows](
+    attention_prepare[triton.cdiv(n, LONGEST_TILE), heads, rows](
         q,
         d_out,
         out,
@@ -372,7 +266,7 @@ def _prepare(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> _Pre
         problem.space,
         heads,
         **problem.sizes,
-        QUERIES=_LONGEST_TILE,
+        QUERIES=LONGEST_TILE,
         **switches,
     )
     return prepared
@@ -449,8 +343,8 @@ def selected_backward(
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, visible: Visible, scale: float) -> _Problem:
-    selection = None if selected is None else _selection(selected)
-    ranges = _Ranges.of(visible, q.device)
+    selection = None if selected is None else selection_of(selected)
+    ranges = Ranges.of(visible, q.device)
     return _Problem(_in_rows(q), _in_rows(k), _in_rows(v), ranges, selection, visible.first_index, scale)
 
 
@@ -494,7 +388,7 @@ def _sigmoid(
     bias: float,
     per_row: bool,
 ) -> _Problem:
-    ranges = _Ranges.of(visible, q.device)
+    ranges = Ranges.of(visible, q.device)
     offsets = torch.full_like(ranges.low, bias, dtype=torch.float32)
     if per_row:
         offsets = offsets - ranges.counts().clamp(min=1).float().log()

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.attention import Visible
 from kernels.attention.gated import gated_attention, gated_attention_reference
 from kernels.attention.sigmoid import sigmoid_attention, sigmoid_attention_reference
+from kernels.attention.triton_tables import Ranges
 from kernels.dispatch import forced, triton_form
 
 triton = pytest.importorskip("triton")
@@ -268,14 +269,13 @@ def test_sigmoid_weights_of_nothing() -> None:
 
 def test_counts_of_keys_that_are_seen() -> None:
     """Without a map, as a map has it."""
-    form = triton_form("attention")
     ids = torch.tensor([[0, 0, 1, 1, 4, 4, 4, 9], [5, 2, 2, 5, 9, 1, 5, 5]], device=DEVICE)
     for causal in (True, False):
         for window in (None, 1, 3):
             for hidden in ({}, {"documents": ids[:, -5:], "key_documents": ids}):
                 visible = Visible(5, 8, 3, causal, window, **hidden)
                 wanted = visible.of(torch.arange(5, device=DEVICE)).sum(-1)[:, 0]
-                assert torch.equal(form._Ranges.of(visible, ids.device).counts()[:, :5].long(), wanted)
+                assert torch.equal(Ranges.of(visible, ids.device).counts()[:, :5].long(), wanted)
 
 
 def test_sigmoid_weights_that_are_small_keep_their_digits() -> None:
