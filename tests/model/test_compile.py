@@ -125,12 +125,13 @@ def test_experts_break_a_block_at_known_places(example: int) -> None:
     "kind",
     [k if k in ("softmax", "sigmoid") else pytest.param(k, marks=pytest.mark.matrix) for k in KINDS],
 )
-def test_lengths_compile_at_most_twice(kind: str, documents: bool) -> None:
+def test_lengths_compile_a_bounded_number_of_times(kind: str, documents: bool) -> None:
     model = model_of(kind)
     backend = compiled(model)
     for n in LENGTHS:
         loss(model, 2, n, documents)
-    assert backend.graphs <= 2
+    # Blocks of tokens make other code for lengths that are a multiple of the block.
+    assert backend.graphs <= (3 if kind == "diag_block" else 2)
 
 
 @pytest.mark.parametrize(
