@@ -71,9 +71,7 @@ def lightning_attention(
         return _ChunkedLightning.apply(q, k, v, slopes, initial_state, documents, chunk)
     parts = zip(*(x.split(step, dim=2) for x in (q, k, v)), slopes.split(step), strict=True)
     states = [None] * -(-q.shape[2] // step) if initial_state is None else initial_state.split(step, dim=1)
-    done = [
-        _ChunkedLightning.apply(*part, state, documents, chunk) for part, state in zip(parts, states, strict=True)
-    ]
+    done = [_ChunkedLightning.apply(*part, state, documents, chunk) for part, state in zip(parts, states, strict=True)]
     outs, finals = zip(*done, strict=True)
     return torch.cat(outs, dim=2), torch.cat(finals, dim=1)
 
