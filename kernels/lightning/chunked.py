@@ -66,28 +66,7 @@ def lightning_attention(
     if uses_triton("lightning", q, too_large(q, v)):
         return triton_form("lightning").lightning(q, k, v, slopes, initial_state, documents)
     chunk = _default_chunk(q, v) if chunk_size is None else min(chunk_size, q.shape[1])
-    step = _heads_at_a_time(q, v)
-    if step >= q.shape[2]:
-        return _ChunkedLightning.apply(q, k, v, slopes, initial_state, documents, chunk)
-    parts = zip(*(x.split(step, dim=2) for x in (q, k, v)), slopes.split(step), strict=True)
-    states = [None] * -(-q.shape[2] // step) if initial_state is None else initial_state.split(step, dim=1)
-    done = [_ChunkedLightning.apply(*part, state, documents, chunk) for part, state in zip(parts, states, strict=True)]
-    outs, finals = zip(*done, strict=True)
-    return torch.cat(outs, dim=2), torch.cat(finals, dim=1)
-
-
-# Numbers of one tensor that a CPU's caches hold with all that is made of them on the way. By measurement.
-_NUMBERS_AT_A_TIME = 2**19
-
-
-def _heads_at_a_time(q: Tensor, v: Tensor) -> int:
-    """How many heads are computed together: on a CPU, so many as do not have to go to memory and back in every step.
-
-    Compiled code is for any number of rows, and has fewer steps: there all go together.
-    """
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return q.shape[2]
-    return max(1, _NUMBERS_AT_A_TIME // (q.shape[0] * q.shape[1] * max(q.shape[3], v.shape[3])))
+    return _ChunkedLightning.apply(q, k, v, slopes, initial_state, documents, chunk)
 
 
 def _default_chunk(q: Tensor, v: Tensor) -> int:
