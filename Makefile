@@ -19,15 +19,16 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	# All at the tested versions but torch, whose build may be another.
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	# All at the tested versions but torch, whose build may be another, and triton, which comes with those for GPUs.
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
-# What only tests need: lm-evaluation-harness, DeepSpeed, schemas of Kubernetes.
+# What only tests need: lm-evaluation-harness, DeepSpeed, schemas of Kubernetes, and Triton's interpreter.
 $(VENV)/installed-tests: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev,eval,deepspeed,cluster]'
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/pip install --quiet "$$(grep '^triton==' constraints.txt)"
 	@touch $@
 
 install: $(VENV)/installed

@@ -191,12 +191,12 @@ def check_all(options: argparse.Namespace, wanted: list[Cell]) -> tuple[list[dic
     if options.device == "cpu":
         rows = [run_check(check) for check in asked]
     else:
-        # What is timed compiles meanwhile, peers that tune themselves too: that they do again later, undisturbed.
+        # What is timed of ours compiles meanwhile.
         compiled = {
             replace(cell, arms=(name,), length=min(cell.length, 2048), batch=min(cell.batch, 2)): None
             for cell in wanted
             for name in cell.arms
-            if name in (OURS, "1/2", "fla simple_gla", "fla retention")
+            if name in (OURS, "1/2")
         }
         workers = max(2, min(14, (os.cpu_count() or 2) - 1))
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -236,18 +236,17 @@ class BareStep:
 
     def take_bare_step(self, step: int) -> None:
         import torch
-        import torch.nn.functional as F
+
+        from model.objective import batch_nats
 
         began = time.perf_counter()
         batch = self.run.data.batch(step - 1, self.run.rows)
         self.seconds["batch"].append(time.perf_counter() - began)
-        place = self.run.updater.device
-        tokens, documents, positions = (x.to(place) for x in (batch.tokens, batch.documents, batch.positions))
-        targets = torch.where(batch.counted, batch.targets, -100).flatten().to(place)
+        model, objective = self.run.model, self.run.updater.objective
+        batch, counted = batch.to(model.device), batch.counted.sum().item()
 
         def bare() -> None:
-            logits = self.run.model(tokens, documents=documents, positions=positions)
-            F.cross_entropy(logits.float().flatten(0, 1), targets).backward()
+            (batch_nats(model.runs, objective, batch)[0] / counted).backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
             self.run.optimizer.step()
             self.run.optimizer.zero_grad(set_to_none=True)

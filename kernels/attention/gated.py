@@ -24,6 +24,7 @@ def gated_attention(
     selected: Tensor | None = None,
     visible: Visible,
     scale: float,
+    share: float | None = None,
 ) -> Tensor:
     """y_ih = g_ih sum over the keys j that i sees of softmax_j(scale q_ih k_j) v_j, for the heads h that i selects.
 
@@ -39,6 +40,8 @@ def gated_attention(
         selected: bool `[B, N, H]`, the same where tokens select different numbers of heads (as of those that a
             tensor-parallel rank has); the gate is then `[B, N, H]`.
         visible: which of the M keys each of the N queries sees.
+        share: about which part of the heads a token selects, if `selected` does; it decides on the way, and on nothing
+            else.
 
     Returns:
         `[B, N, H, e]` in the dtype of v. Differentiable once, in q, k, v and gate. The gate is applied in float32
@@ -53,7 +56,8 @@ def gated_attention(
     if head_index is not None:
         nothing_BNH = torch.zeros(q_BNHd.shape[:3], dtype=torch.bool, device=q_BNHd.device)
         selected = nothing_BNH.scatter(2, head_index, True)
-    out_BNHe = selected_attention(q_BNHd, k_BMGd, v_BMGe, selected, visible, scale)
+        share = head_index.shape[2] / q_BNHd.shape[2]
+    out_BNHe = selected_attention(q_BNHd, k_BMGd, v_BMGe, selected, visible, scale, share)
     if gate is None:
         return out_BNHe
     wide = computing_dtype(v_BMGe)

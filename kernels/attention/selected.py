@@ -30,6 +30,9 @@ _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # diagonal then cost what is saved.
 _FEWEST_QUERIES = 1024
 _LARGEST_SHARE = 0.85
+# The same of Triton's tiles, by measurement on an H200 (docs/performance.md): torch's attention is cuDNN's there, which
+# takes as long for all heads as tiles for a little more than half of them.
+_LARGEST_SHARE_OF_TILES = 0.55
 # Queries of a square on the diagonal, of one head of keys: fewer make slow products, more waste half a larger square.
 _QUERIES_OF_A_SQUARE = 128
 _LARGEST_SQUARE = 1024
@@ -40,11 +43,21 @@ _HIDDEN = -1e30
 
 
 def selected_attention(
-    q_BNHd: Tensor, k_BMGd: Tensor, v_BMGe: Tensor, selected_BNH: Tensor | None, visible: Visible, scale: float
+    q_BNHd: Tensor,
+    k_BMGd: Tensor,
+    v_BMGe: Tensor,
+    selected_BNH: Tensor | None,
+    visible: Visible,
+    scale: float,
+    share: float | None = None,
 ) -> Tensor:
-    """`gated_attention` without a gate, of the heads that a bool `[B, N, H]` selects (None: all), and 0 elsewhere."""
+    """`gated_attention` without a gate, of the heads that a bool `[B, N, H]` selects (None: all), and 0 elsewhere.
+
+    Args:
+        share: about which part of all it selects, where that is known beforehand.
+    """
     if uses_triton("attention", q_BNHd, triton_faults(q_BNHd, v_BMGe, scale)):
-        if q_BNHd.device.type != "cpu" and _is_plain(selected_BNH, visible):
+        if q_BNHd.device.type != "cpu" and _is_plain(selected_BNH, visible, share):
             return _all_then_zero(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
         return torch.ops.headway.selected_attention(q_BNHd, k_BMGd, v_BMGe, selected_BNH, *visible.arguments, scale)[0]
     if q_BNHd.device.type != "cpu" or q_BNHd.dtype not in (torch.float32, torch.float64, torch.bfloat16):
@@ -57,12 +70,13 @@ def selected_attention(
     return out_BNHe[..., :width]
 
 
-def _is_plain(selected_BNH: Tensor | None, visible: Visible) -> bool:
-    """Whether torch's own attention leaves out all that can be: nothing is to be skipped, or there is one query, whose
-    keys it shares out among more programs than one."""
+def _is_plain(selected_BNH: Tensor | None, visible: Visible, share: float | None) -> bool:
+    """Whether torch's own attention, of all heads, is the fastest on a GPU: little or nothing can be left out, or there
+    is one query, whose keys it shares out among more programs than one."""
     if whole_triangle(visible) is None:
         return False
-    return selected_BNH is None or visible.num_queries == 1
+    much = share is not None and share > _LARGEST_SHARE_OF_TILES
+    return selected_BNH is None or much or visible.num_queries == 1
 
 
 def _all_then_zero(

@@ -288,7 +288,14 @@ class MoH(Attention):
             q_BNHd = ctx.observer.attention(self.site.layer, AttentionMap(q_BNHd, k_BMGd, seen, scale))
         all_run = self.config.router == "norm" and self.config.straight_through == "all"
         return gated_attention(
-            q_BNHd, k_BMGd, v_BMGd, gates_BNH, selected=None if all_run else active_BNH, visible=seen, scale=scale
+            q_BNHd,
+            k_BMGd,
+            v_BMGd,
+            gates_BNH,
+            selected=None if all_run else active_BNH,
+            visible=seen,
+            scale=scale,
+            share=self.active_share,
         )
 
     def _gates(self, x: Tensor, q_BNHd: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
