@@ -20,6 +20,7 @@ from tests.mutations.experts import FAULTS as OF_EXPERTS
 from tests.mutations.fault import Fault
 from tests.mutations.gated import FAULTS as OF_GATED
 from tests.mutations.general import FAULTS as GENERAL
+from tests.mutations.kernels import FAULTS as IN_KERNELS
 from tests.mutations.launch import FAULTS as IN_LAUNCH
 from tests.mutations.layouts import FAULTS as IN_LAYOUTS
 from tests.mutations.megatron import FAULTS as OF_MEGATRON
@@ -32,7 +33,7 @@ from tests.mutations.zero import FAULTS as OF_ZERO
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "model", "parallel", "trainer", "launch", "tests", "configs")
 FAULTS = [
-    *(*GENERAL, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *IN_LAUNCH),
+    *(*GENERAL, *IN_KERNELS, *IN_LAYOUTS, *IN_ATTENTION, *IN_OBJECTIVES, *IN_DIAGNOSTICS, *IN_LAUNCH),
     *(*OF_REPARAM, *OF_GATED, *OF_ROUTING, *OF_BAM, *OF_EXPERTS, *OF_TOWERS, *OF_ZERO, *OF_MEGATRON),
 ]
 
