@@ -56,9 +56,9 @@ FAULTS = [
         TESTS,
     ),
     Fault(
-        "kernels: the document at an edge is the one that begins there",
+        "kernels: the document at an edge is that of two tokens before",
         LIGHTNING,
-        [("row_of_batch * length + tl.maximum(token - 1, 0)", "row_of_batch * length + tl.minimum(token, length - 1)")],
+        [("row_of_batch * length + tl.maximum(token - 1, 0)", "row_of_batch * length + tl.maximum(token - 2, 0)")],
         TESTS,
     ),
     Fault(
