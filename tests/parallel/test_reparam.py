@@ -195,8 +195,8 @@ def skipped_update(case: Case) -> bool:
     updater = updater_of(model, case)
     updater.update(share_of(model, 1), 1, lr=LR)
     before = {name: p.detach().clone() for name, p in (model.learned | model.kept).items()}
-    plain = updater.objective.nats
-    updater.objective.nats = lambda *batch: plain(*batch) * math.nan  # type: ignore[method-assign]
+    plain = updater.objective.head_nats
+    updater.objective.head_nats = lambda *given: [x * math.nan for x in plain(*given)]  # type: ignore[method-assign]
     assert updater.update(share_of(model, 2), 2, lr=LR).skipped
     return all(torch.equal(p, before[name]) for name, p in (model.learned | model.kept).items())
 
