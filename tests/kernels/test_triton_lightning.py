@@ -44,8 +44,19 @@ def assert_right(case: Case, **options) -> None:
                 [b / b.abs().max() for b in expected], **CLOSE)  # fmt: skip
 
 
-@pytest.mark.parametrize(("key_width", "value_width"), [(16, 16), (32, 64), (64, 32), (96, 96), (40, 24)])
-@pytest.mark.parametrize("length", [130, 64, 7])
+@pytest.mark.parametrize(
+    ("key_width", "value_width", "length"),
+    [
+        (16, 16, 130),
+        (16, 16, 64),
+        (16, 16, 7),
+        (32, 64, 130),
+        (64, 32, 70),
+        (96, 96, 70),
+        (40, 24, 130),
+        (40, 24, 1 + 64),
+    ],
+)
 def test_it_is_the_equation(key_width, value_width, length):
     assert_right(make_case(length=length, key_width=key_width, value_width=value_width, batch=1))
 
@@ -67,8 +78,8 @@ def test_wide_heads_are_cut(key_width, value_width):
 @pytest.mark.parametrize("mean", [3.0, 40.0, 400.0])
 def test_documents(with_state, mean):
     assert_right(
-        make_case(length=200, key_width=16, value_width=16),
-        documents=make_documents(2, 200, mean),
+        make_case(length=140, key_width=16, value_width=16),
+        documents=make_documents(2, 140, mean),
         with_state=with_state,
     )
 
@@ -131,7 +142,7 @@ def test_a_sequence_in_two_halves():
 
 
 def test_a_fast_head_over_many_tokens_stays_finite():
-    case = narrow(make_case(batch=1, length=3000, key_width=16, value_width=16, slopes=torch.tensor([5.0, 0.0])))
+    case = narrow(make_case(batch=1, length=1000, key_width=16, value_width=16, slopes=torch.tensor([5.0, 0.0])))
     assert all(x.isfinite().all() for x in run(lightning_attention, case))
 
 
