@@ -147,6 +147,18 @@ def parse_wishes(wishes: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def refusals(wishes: Mapping[str, str], x: Tensor) -> list[str]:
+    """Why forms that are asked for cannot run for such tensors, whatever their shapes, in sentences: all of them."""
+    found = []
+    for operation, form in wishes.items():
+        with forced(**{operation: form}):
+            try:
+                choose(operation, x)
+            except ValueError as fault:
+                found.append(str(fault))
+    return found
+
+
 def force(wishes: Mapping[str, str]) -> None:
     """From now on these forms run, and for all other operations what the environment or the rule says."""
     _WISHES.clear()

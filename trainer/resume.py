@@ -9,6 +9,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kernels.dispatch import parse_wishes, refusals
 from model.folders import check_files, newest_complete, read_manifest, step_of
 from model.settings import without_none
 from trainer.config import FREE_SECTIONS, SECTIONS, Config, Refused, default_precision
@@ -45,7 +48,7 @@ def make_plan(config: Config) -> Plan:
     plan = Plan(precision=default_precision(config.run.precision))
     plan.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
     plan.fingerprint = _fingerprint(config)
-    faults = _choose_start(config, run_dir, plan)
+    faults = _choose_start(config, run_dir, plan) + _kernel_faults(config, plan.precision)
     if plan.resume_from is not None:
         faults += _resume_faults(config, plan)
     elif config.model.init_from is not None:
@@ -54,6 +57,14 @@ def make_plan(config: Config) -> Plan:
         raise Refused(faults, seen_by_all=False)
     plan.samples = config.samples
     return plan
+
+
+def _kernel_faults(config: Config, precision: str) -> list[str]:
+    """What is asked of kernels and cannot be had on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+    faults = refusals(parse_wishes(config.run.kernels), torch.empty(0, dtype=dtype, device=device))
+    return [f"run.kernels: {fault}" for fault in faults]
 
 
 def _fingerprint(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from kernels import dispatch
 from tests.pool import Pool
 from tests.trainer.runs import curve, train, write_config, write_tokens
 from trainer.config import Refused, load_config
+from trainer.resume import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,18 @@ def test_faults_are_told_with_the_others(tmp_path: Path) -> None:
     for _, sentence in wrong.values():
         assert sentence in str(refused.value)
     assert "begins with no operation" in str(refused.value) and "does not end in a form" in str(refused.value)
+
+
+def test_a_form_that_cannot_run_here_is_refused_before_anything_is_built(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    wishes = ["--run.kernels", '["lightning=triton", "attention=torch", "glu=triton"]']
+    config = load_config(write_config(tmp_path, prefix), [*wishes, "--run.dir", str(tmp_path / "elsewhere")])
+    with pytest.raises(Refused) as refused:
+        make_plan(config)
+    assert "lightning was asked for, and cannot run" in str(refused.value) and "for 2 reasons" in str(refused.value)
+    assert "attention" not in str(refused.value) and not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("steps", ["[0, 3]", "[3]", "3", "[1, 2, 3]", "[4, 2]"])
