@@ -7,7 +7,6 @@ programs are started that there could be, and those that have nothing to do retu
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from kernels.attention.triton_forward import attention_forward
 from kernels.attention.triton_tables import LONGEST_TILE, Ranges, Selection, selection_of, table_length
 from kernels.attention.visible import Visible
 from kernels.dispatch import interpreting
+from kernels.triton_launches import block_of, in_rows, on_their_gpu
 
 
 class Tiles(NamedTuple):
@@ -108,7 +108,7 @@ class _Problem:
     @property
     def sizes(self) -> dict[str, int]:
         d, e = self.q.shape[3], self.v.shape[3]
-        return {"d": d, "D": _padded(d), "e": e, "E": _padded(e)}
+        return {"d": d, "D": block_of(d), "e": e, "E": block_of(e)}
 
     @property
     def switches(self) -> dict[str, Any]:
@@ -168,22 +168,21 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     softmax = problem.offsets is None
     lse = make(rows, n, heads if softmax else 0, dtype=torch.float32, device=v.device)
     tiles = problem.tiles(FORWARD)
-    with _on(q.device):
-        attention_forward[triton.cdiv(n, tiles.queries), heads, rows](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *problem.tables(),
-            problem.rising,
-            *problem.weighing,
-            *_strides(q, k, v),
-            *problem.numbers,
-            **problem.sizes,
-            **problem.switches,
-            **_options(tiles),
-        )
+    attention_forward[triton.cdiv(n, tiles.queries), heads, rows](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *problem.tables(),
+        problem.rising,
+        *problem.weighing,
+        *_strides(q, k, v),
+        *problem.numbers,
+        **problem.sizes,
+        **problem.switches,
+        **_options(tiles),
+    )
     return out, lse
 
 
@@ -191,43 +190,42 @@ def _backward(problem: _Problem, d_out: Tensor, out: Tensor, lse: Tensor) -> tup
     """Gradients of q, k and v."""
     q, k, v = problem.q, problem.k, problem.v
     rows, n, heads = q.shape[:3]
-    with _on(q.device):
-        prepared = _prepare(problem, d_out, out, lse)
-        make = torch.empty if problem.selection is None else torch.zeros
-        dq = make(q.shape, dtype=q.dtype, device=q.device)
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        given = (prepared.q, k, v, prepared.d_out, prepared.lse, prepared.delta)
-        strides = (*_by_head(prepared.q), *_by_head(prepared.d_out), *_strides(k, v))
-        common = problem.sizes | problem.switches
-        tiles = problem.tiles(QUERIES)
-        attention_backward_queries[triton.cdiv(n, tiles.queries), heads, rows](
-            *given,
-            dq,
-            *problem.tables(),
-            problem.rising,
-            *problem.weighing,
-            *strides,
-            *problem.numbers,
-            problem.scale,
-            **common,
-            **_options(tiles),
-        )
-        tiles = problem.tiles(KEYS)
-        bounds = problem.ranges.bounds(k.shape[1], tiles.keys)
-        attention_backward_keys[triton.cdiv(k.shape[1], tiles.keys), k.shape[2], rows](
-            *given,
-            dk,
-            dv,
-            *problem.tables(bounds),
-            *problem.weighing,
-            *strides,
-            0 if bounds.shape[0] == 1 else bounds.stride(0),
-            *problem.numbers,
-            problem.scale,
-            **common,
-            BOUNDED=problem.selection is None and n % tiles.queries > 0,
-            **_options(tiles),
-        )
+    prepared = _prepare(problem, d_out, out, lse)
+    make = torch.empty if problem.selection is None else torch.zeros
+    dq = make(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    given = (prepared.q, k, v, prepared.d_out, prepared.lse, prepared.delta)
+    strides = (*_by_head(prepared.q), *_by_head(prepared.d_out), *_strides(k, v))
+    common = problem.sizes | problem.switches
+    tiles = problem.tiles(QUERIES)
+    attention_backward_queries[triton.cdiv(n, tiles.queries), heads, rows](
+        *given,
+        dq,
+        *problem.tables(),
+        problem.rising,
+        *problem.weighing,
+        *strides,
+        *problem.numbers,
+        problem.scale,
+        **common,
+        **_options(tiles),
+    )
+    tiles = problem.tiles(KEYS)
+    bounds = problem.ranges.bounds(k.shape[1], tiles.keys)
+    attention_backward_keys[triton.cdiv(k.shape[1], tiles.keys), k.shape[2], rows](
+        *given,
+        dk,
+        dv,
+        *problem.tables(bounds),
+        *problem.weighing,
+        *strides,
+        0 if bounds.shape[0] == 1 else bounds.stride(0),
+        *problem.numbers,
+        problem.scale,
+        **common,
+        BOUNDED=problem.selection is None and n % tiles.queries > 0,
+        **_options(tiles),
+    )
     return dq, dk, dv
 
 
@@ -287,28 +285,15 @@ def _options(tiles: Tiles) -> dict[str, int]:
     return {"QUERIES": tiles.queries, "KEYS": tiles.keys, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels go to the current GPU, wherever their tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def _precision(x: Tensor) -> str:
     wide = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return "ieee" if wide or interpreting() else "tf32"
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    """Channels lie beside each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 # ------------------------------------------------------------------------------------------ the two weights
 
 
+@on_their_gpu
 def selected_forward(
     q_BNHd: Tensor, k_BMGd: Tensor, v_BMGe: Tensor, selected_BNH: Tensor | None, visible: Visible, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -326,6 +311,7 @@ def selected_forward(
     return _forward(_softmax(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale))
 
 
+@on_their_gpu
 def selected_backward(
     d_out: Tensor,
     q_BNHd: Tensor,
@@ -339,15 +325,16 @@ def selected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `selected_forward` was given and returned."""
     problem = _softmax(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
-    return _backward(problem, _in_rows(d_out), _in_rows(out), lse.contiguous())
+    return _backward(problem, in_rows(d_out), in_rows(out), lse.contiguous())
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, visible: Visible, scale: float) -> _Problem:
     selection = None if selected is None else selection_of(selected)
     ranges = Ranges.of(visible, q.device)
-    return _Problem(_in_rows(q), _in_rows(k), _in_rows(v), ranges, selection, visible.first_index, scale)
+    return _Problem(in_rows(q), in_rows(k), in_rows(v), ranges, selection, visible.first_index, scale)
 
 
+@on_their_gpu
 def sigmoid_forward(
     q_BNHd: Tensor,
     k_BMGd: Tensor,
@@ -362,6 +349,7 @@ def sigmoid_forward(
     return _forward(_sigmoid(q_BNHd, k_BMGd, v_BMGe, visible, slopes_H, scale, bias, per_row))[0]
 
 
+@on_their_gpu
 def sigmoid_backward(
     d_out: Tensor,
     q_BNHd: Tensor,
@@ -374,7 +362,7 @@ def sigmoid_backward(
     per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    d_out = _in_rows(d_out)
+    d_out = in_rows(d_out)
     return _backward(_sigmoid(q_BNHd, k_BMGd, v_BMGe, visible, slopes_H, scale, bias, per_row), d_out, d_out, d_out)
 
 
@@ -394,5 +382,5 @@ def _sigmoid(
         offsets = offsets - ranges.counts().clamp(min=1).float().log()
     if slopes is not None:
         slopes = slopes.float() * _PER_LOG2
-    q, k, v = (_in_rows(x) for x in (q, k, v))
+    q, k, v = (in_rows(x) for x in (q, k, v))
     return _Problem(q, k, v, ranges, None, visible.first_index, scale, offsets * _PER_LOG2, slopes)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_launches import on_their_gpu
+
 BLOCK, NUM_WARPS = 4096, 8
 """Logits that a program has before it at a time, and its warps."""
 
@@ -47,6 +49,7 @@ def _cross_entropy(logits_ptr, targets_ptr, nats_ptr, vocab_size, ignored, DERIV
                 tl.store(logits_ptr + at, gradient, at < vocab_size)
 
 
+@on_their_gpu
 def nats_and_gradient(logits_CV: Tensor, targets_C: Tensor, ignored: int, derived: bool) -> tuple[Tensor, Tensor]:
     """Nats `[C]`, fp32, and where it is wanted softmax less one-hot, in place of the logits, which are contiguous."""
     nats_C = torch.empty(targets_C.shape, dtype=torch.float32, device=logits_CV.device)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_launches import on_their_gpu
+
 BLOCK, NUM_WARPS = 2048, 8
 """Numbers of a program, and its warps: 8 a thread, so that loads are 16 bytes wide in any dtype."""
 
@@ -36,6 +38,7 @@ def _glu_backward(d_out_ptr, gate_ptr, up_ptr, d_gate_ptr, d_up_ptr, count, SILU
         tl.store(d_up_ptr + at, d_out * gate, inside)
 
 
+@on_their_gpu
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up, contiguous."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -46,6 +49,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
+@on_their_gpu
 def backward(d_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     d_out, gate, up = d_out.contiguous(), gate.contiguous(), up.contiguous()

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_launches import on_their_gpu
+
 TILE = 2048
 """Numbers of a program, as far as rows are narrower than that."""
 MOST_PROGRAMS = 528
@@ -89,6 +91,7 @@ def _norm_gate_backward(
         tl.store(d_weights_ptr + tl.program_id(0).to(tl.int64) * width + columns, d_weight, in_width)
 
 
+@on_their_gpu
 def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str) -> tuple[Tensor, Tensor]:
     """The gated rows, contiguous, and each row's factor `[T]`, fp32."""
     x, gate = x.contiguous(), gate.contiguous()
@@ -102,6 +105,7 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activati
     return out, factors_T
 
 
+@on_their_gpu
 def backward(
     d_out: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, factors_T: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.lightning.triton_kernels import gradients_kernel, outputs_kernel, states_kernel
+from kernels.triton_launches import block_of, in_rows, on_their_gpu
 
 
 class Tiles(NamedTuple):
@@ -110,7 +111,7 @@ def _run_states(
     tiles = case.plan.states
     d, e = case.key_width, case.value_width
     shape = (case.batch, case.heads)
-    block_d, block_e = (min(tiles.inner, _power(d)), min(tiles.outer, _power(e)))
+    block_d, block_e = (min(tiles.inner, block_of(d)), min(tiles.outer, block_of(e)))
     blocks = triton.cdiv(d, block_d) * triton.cdiv(e, block_e)
     segments = _segments(case, blocks * case.batch * case.heads, x.device)
     chunks_a_segment = triton.cdiv(case.num_chunks, segments)
@@ -143,7 +144,7 @@ def _run_outputs(
     """`[B, N, H, Z]`, contiguous. `turned`: x and y are as wide as values, and z as keys."""
     tiles = case.plan.outputs
     wide_x, wide_z = x.shape[3], z.shape[3]
-    block_x, block_z = min(tiles.inner, _power(wide_x)), min(tiles.outer, _power(wide_z))
+    block_x, block_z = min(tiles.inner, block_of(wide_x)), min(tiles.outer, block_of(wide_z))
     out = torch.empty(z.shape, device=z.device, dtype=z.dtype)
     outputs_kernel[(triton.cdiv(wide_z, block_z) * case.num_chunks, case.batch * case.heads)](
         x, y, z, case.slopes_H, case.documents, states_BHTde, out, case.length, case.heads,
@@ -170,15 +171,10 @@ def _run_gradients(
         q, k, v, d_out, case.slopes_H, case.documents, states_BHTde, d_states_BHTde, dq, dk, dv, case.length,
         case.heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
         D=case.key_width, E=case.value_width, C=case.plan.chunk,
-        BLOCK_D=_power(case.key_width), BLOCK_E=_power(case.value_width),
+        BLOCK_D=block_of(case.key_width), BLOCK_E=block_of(case.value_width),
         PACKED=case.documents is not None, PRECISION=_precision(q), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _power(width: int) -> int:
-    """The block that holds so many channels: a power of two, as a product wants it."""
-    return max(16, triton.next_power_of_2(width))
 
 
 def _segments(case: _Case, programs: int, device: torch.device) -> int:
@@ -201,23 +197,20 @@ def _precision(x: Tensor) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With channels beside each other, as the kernels read them."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 # ------------------------------------------------------------- as operators, into which a compiler does not look
 
 
+@on_their_gpu
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, slopes_H: Tensor, initial: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (in_rows(x) for x in (q, k, v))
     case = _Case.of(k, v, slopes_H, documents)
     states, last = _run_states(case, k, v, initial, backwards=False)
     return _run_outputs(case, q, k, v, states, backwards=False), last
 
 
+@on_their_gpu
 def _backward(
     d_out: Tensor,
     d_final: Tensor,
@@ -228,15 +221,16 @@ def _backward(
     initial: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_out, q, k, v = (_rows(x) for x in (d_out, q, k, v))
+    d_out, q, k, v = (in_rows(x) for x in (d_out, q, k, v))
     case = _Case.of(k, v, slopes_H, documents)
     states, _ = _run_states(case, k, v, initial, backwards=False)
     d_states, d_initial = _run_states(case, q, d_out, d_final, backwards=True)
     return *_run_gradients(case, q, k, v, d_out, states, d_states), d_initial
 
 
+@on_their_gpu
 def _state(k: Tensor, v: Tensor, slopes_H: Tensor, documents: Tensor | None) -> Tensor:
-    k, v = (_rows(x) for x in (k, v))
+    k, v = (in_rows(x) for x in (k, v))
     return _run_states(_Case.of(k, v, slopes_H, documents), k, v, None, backwards=False, keep=False)[1]
 
 
