@@ -30,8 +30,8 @@ _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # diagonal then cost what is saved.
 _FEWEST_QUERIES = 1024
 _LARGEST_SHARE = 0.85
-# The same of Triton's tiles, by measurement on an H200 (docs/performance.md): what torch chooses there takes as long for
-# all heads as tiles for a little more than half of them.
+# The same of Triton's tiles, by measurement on an H200 (docs/performance.md): what torch chooses there takes as long
+# for all heads as tiles for a little more than half of them.
 _LARGEST_SHARE_OF_TILES = 0.55
 # Queries of a square on the diagonal, of one head of keys: fewer make slow products, more waste half a larger square.
 _QUERIES_OF_A_SQUARE = 128
