@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import choose
+from kernels.dispatch import PORTABLE, TRITON, choose
 
 OURS = "headway"
 
@@ -190,6 +190,7 @@ SHARES = {"3/4": 0.75, "1/2": 0.5, "1/4": 0.25}
 def _gated_arm(cell: Cell, name: str, device: torch.device, dtype: torch.dtype) -> Arm:
     from kernels.attention import Visible
     from kernels.attention.gated import gated_attention
+    from kernels.attention.selected import best_in_full
 
     leaves = _attention_leaves(cell, device, dtype)
     if name == "flash":
@@ -206,7 +207,10 @@ def _gated_arm(cell: Cell, name: str, device: torch.device, dtype: torch.dtype) 
 
     if name == "portable":
         return Arm([*leaves, gate], run, same=True, forms={"attention": "torch"})
-    return Arm([*leaves, gate], run, form=_said("attention", leaves[0]))
+    form = _said("attention", leaves[0])
+    if form.startswith(TRITON) and best_in_full(index, visible, SHARES.get(name)):
+        form = f"{PORTABLE}: its own attention, of all heads"
+    return Arm([*leaves, gate], run, form=form)
 
 
 def _sigmoid_arm(cell: Cell, name: str, device: torch.device, dtype: torch.dtype) -> Arm:

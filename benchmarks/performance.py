@@ -75,7 +75,8 @@ def kernels(results: Path) -> Iterator[str]:
         return
     yield "## Kernels\n"
     yield "bfloat16, medians of up to 7 rounds by events of the GPU; ratios are the times of others over ours"
-    yield "(`headway`, with all heads), so above 1 ours is the faster. Memory is what forward and backward add.\n"
+    yield "(`headway`; of gated attention that is all heads, which torch's own attention computes), so above 1"
+    yield "ours is the faster. Memory is what forward and backward add.\n"
     for operation, gpu in dict.fromkeys((row["operation"], row["hardware"]["gpu"]) for row in rows):
         mine = [row for row in rows if (row["operation"], row["hardware"]["gpu"]) == (operation, gpu)]
         mine.sort(key=lambda row: (row["width"], row["length"], row.get("vocabulary", 0)))

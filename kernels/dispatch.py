@@ -148,9 +148,12 @@ def parse_wishes(wishes: Sequence[str]) -> dict[str, str]:
 
 
 def refusals(wishes: Mapping[str, str], x: Tensor) -> list[str]:
-    """Why forms that are asked for cannot run for such tensors, whatever their shapes, in sentences: all of them."""
+    """Why forms that are asked for cannot run for such tensors, whatever their shapes, in sentences: all of them.
+
+    Those of the environment, too, where the wishes say nothing else.
+    """
     found = []
-    for operation, form in wishes.items():
+    for operation, form in (_of_environment() | dict(wishes)).items():
         with forced(**{operation: form}):
             try:
                 choose(operation, x)

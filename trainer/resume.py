@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kernels.dispatch import parse_wishes, refusals
+from kernels.dispatch import VARIABLE, parse_wishes, refusals
 from model.folders import check_files, newest_complete, read_manifest, step_of
 from model.settings import without_none
 from trainer.config import FREE_SECTIONS, SECTIONS, Config, Refused, default_precision
@@ -61,10 +61,12 @@ def make_plan(config: Config) -> Plan:
 
 def _kernel_faults(config: Config, precision: str) -> list[str]:
     """What is asked of kernels and cannot be had on this machine."""
+    from parallel.spread import DTYPES
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
-    faults = refusals(parse_wishes(config.run.kernels), torch.empty(0, dtype=dtype, device=device))
-    return [f"run.kernels: {fault}" for fault in faults]
+    like = torch.empty(0, dtype=DTYPES[precision], device=device)
+    faults = refusals(parse_wishes(config.run.kernels), like)
+    return [f"run.kernels or {VARIABLE}: {fault}" for fault in faults]
 
 
 def _fingerprint(config: Config) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def selected_attention(
         share: about which part of all it selects, where that is known beforehand.
     """
     if uses_triton("attention", q_BNHd, triton_faults(q_BNHd, v_BMGe, scale)):
-        if q_BNHd.device.type != "cpu" and _is_plain(selected_BNH, visible, share):
+        if q_BNHd.device.type != "cpu" and best_in_full(selected_BNH, visible, share):
             return _all_then_zero(q_BNHd, k_BMGd, v_BMGe, selected_BNH, visible, scale)
         return torch.ops.headway.selected_attention(q_BNHd, k_BMGd, v_BMGe, selected_BNH, *visible.arguments, scale)[0]
     if q_BNHd.device.type != "cpu" or q_BNHd.dtype not in (torch.float32, torch.float64, torch.bfloat16):
@@ -70,7 +70,7 @@ def selected_attention(
     return out_BNHe[..., :width]
 
 
-def _is_plain(selected_BNH: Tensor | None, visible: Visible, share: float | None) -> bool:
+def best_in_full(selected_BNH: Tensor | None, visible: Visible, share: float | None) -> bool:
     """Whether torch's own attention, of all heads, is the fastest on a GPU: little or nothing can be left out, or there
     is one query, whose keys it shares out among more programs than one."""
     if whole_triangle(visible) is None:

@@ -98,6 +98,14 @@ def test_what_is_asked_for_and_cannot_run_is_refused(monkeypatch):
         assert uses_triton("lightning", torch.zeros(1))
 
 
+@pytest.mark.usefixtures("hopper")
+def test_all_that_cannot_run_is_known_beforehand_whoever_asked(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "glu=triton,attention=triton,norm_gate=torch")
+    found = dispatch.refusals({"lightning": "triton", "attention": "torch"}, on_gpu(torch.float64))
+    assert [fault.split()[4] for fault in found] == ["glu", "lightning"]
+    assert dispatch.refusals({"lightning": "triton"}, on_gpu()) == []
+
+
 def test_wishes_are_read():
     assert parse_wishes(["lightning=torch", " glu=triton"]) == {"lightning": "torch", "glu": "triton"}
     assert parse_wishes(["torch"]) == dict.fromkeys(OPERATIONS, "torch")

@@ -82,10 +82,10 @@ def kernels() -> list[Finding]:
     import torch
 
     from kernels.dispatch import OPERATIONS, VARIABLE, choose
+    from parallel.spread import DTYPES
     from trainer.config import default_precision
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[default_precision(None)]
-    x = torch.empty(0, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.empty(0, dtype=DTYPES[default_precision(None)], device="cuda" if torch.cuda.is_available() else "cpu")
     found = []
     for operation in OPERATIONS:
         what = f"kernels: {operation}"
